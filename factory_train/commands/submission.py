@@ -1,0 +1,283 @@
+"""From a configuration to a started attempt: everything is checked before anything is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from factory_train import checks, storage
+from factory_train.config import Config, unsafe_changes
+from factory_train.data.manifest import DataManifest, cache_root, check_length, find_prepared
+from factory_train.data.source import check_source
+from factory_train.errors import ConfigError, NotFoundError, PreflightError
+from factory_train.hardware import Hardware, detect, visible_cards
+from factory_train.launchers.job import Gang, JobSpec
+from factory_train.launchers.local import LocalHandle, LocalLauncher
+from factory_train.plan import Plan, check_fits, make_plan, resolve_tasks_per_node
+from factory_train.run_dir import Attempt, RunDir
+from factory_train.runs_index import remember_root, runs_root
+from factory_train.snapshot import write_snapshot
+from factory_train.units import format_bytes
+
+# Room for logs, metrics, the tokens of a small corpus and the tracking database.
+_SLACK_BYTES = 64 * 2**20
+_EXPORT_BYTES = {"float32": 4, "bfloat16": 2}
+# A char tokenizer knows its size only when it has seen the text; few texts use more characters.
+_CHAR_VOCABULARY = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that was checked and planned, with nothing of it written.
+
+    Args:
+        config: what will be frozen.
+        root: folder of all runs.
+        plan: what follows from the configuration.
+        run: the existing run it continues; None starts a new one.
+        launcher_reason: why this launcher, for people.
+        argv: the words of the command, for the record.
+        force: whether keys may change that the run was trained with.
+    """
+
+    config: Config
+    root: Path
+    plan: Plan
+    run: RunDir | None
+    launcher_reason: str
+    argv: tuple[str, ...]
+    force: bool
+
+    def job(self, attempt: Attempt) -> JobSpec:
+        """Returns what the launcher is asked to start."""
+        return JobSpec(
+            attempt=attempt,
+            gangs=(Gang("main", self.config.launcher.nodes, self.plan.tasks_per_node),),
+            grace_s=self.config.launcher.grace_s,
+            tracker=self.config.tracking.backend != "none",
+        )
+
+
+@dataclass(frozen=True)
+class Started:
+    """An attempt that a launcher has taken."""
+
+    attempt: Attempt
+    handle: LocalHandle
+
+
+def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = None, force: bool = False, dry_run: bool = False) -> Request:
+    """Checks and plans a run; reads much, writes nothing (a probe file in the runs root, gone at once, unless `dry_run`).
+
+    Args:
+        run: continue this one, whatever `config.run` says.
+
+    Raises:
+        FactoryTrainError: whatever stands in the way, before any process starts.
+    """
+    checks.check_config(config)
+    check_source(config.data, config.train.seq_len)
+    root = run.path.parent if run else runs_root(config.runs_root)
+    reason = _choose_launcher(config)
+    hardware = detect(config.hardware)
+    checks.check_world(config, config.launcher.nodes * resolve_tasks_per_node(config, hardware))
+    plan = _plan(config, hardware, cache_root(config, root))
+    run = run or (find_run(root, config.recipe, config.run) if config.run else None)
+    if run is not None:
+        check_continues(run, config, force=force)
+    check_fits(plan)
+    if not dry_run:
+        _check_devices(plan)
+    _check_disk(config, plan, run.path if run else root, is_new=run is None, dry_run=dry_run)
+    return Request(config, root, plan, run, reason, tuple(argv), force)
+
+
+def find_run(root: Path, recipe: str, name: str) -> RunDir | None:
+    """Returns the run that `run=name` continues, if there is one; another recipe may continue it.
+
+    Raises:
+        ConfigError: several runs have that name.
+    """
+    exact = root / f"{recipe}-{name}"
+    if (exact / "run.json").is_file():
+        return RunDir.open(exact)
+    found = [path.parent for path in sorted(root.glob("*/run.json")) if path.parent.name.endswith(f"-{name}")]
+    found = [path for path in found if RunDir(path).id == name]
+    if len(found) > 1:
+        names = " ".join(path.name for path in found)
+        raise ConfigError(f"run={name} may be any of: {names}", fix=f"recipe={RunDir(found[0]).info()['recipe']} run={name}")
+    return RunDir.open(found[0]) if found else None
+
+
+def check_continues(run: RunDir, config: Config, *, force: bool) -> None:
+    """Checks that a run may go on with this configuration.
+
+    Raises:
+        PreflightError: it is running already.
+        ConfigError: keys have changed that its model was trained with.
+    """
+    if run.is_alive():
+        raise PreflightError(
+            f"run '{run.name}' is already running",
+            where=str(run.path),
+            fix=f"python -m factory_train logs -f {run.name}, or python -m factory_train stop {run.name}",
+        )
+    last = run.last_attempt()
+    changes = unsafe_changes(last.config(), config) if last else {}
+    if changes and not force:
+        listed = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
+        raise ConfigError(
+            f"run '{run.name}' was trained with other values ({listed})",
+            where=str(run.path),
+            fix="leave these keys as they were, take another run=NAME, or --force",
+        )
+
+
+def is_finished(request: Request) -> bool:
+    """Returns whether the run has done all the steps that are asked for."""
+    last = request.run.last_attempt() if request.run else None
+    verdict = last.verdict() if last else None
+    if last is None or verdict is None or verdict.outcome != "done":
+        return False
+    before = last.config()
+    changed = unsafe_changes(before, request.config)
+    return request.config.train.steps <= before.train.steps and not changed
+
+
+def start(request: Request) -> Started | None:
+    """Takes an attempt and hands it to the launcher; None when the run turns out to have nothing left to do.
+
+    Raises:
+        PreflightError: another command was faster, or nothing could be started; no trace of it is left then.
+    """
+    run, is_new = request.run, False
+    if run is None:
+        try:
+            run, is_new = RunDir.create(request.root, request.config.recipe, request.config.run), True
+        except ConfigError:
+            # Made between our look and now, by the same command elsewhere.
+            run = find_run(request.root, request.config.recipe, request.config.run) if request.config.run else None
+            if run is None:
+                raise
+    with storage.locked(run.lock_path):
+        before = run.attempt_numbers()
+        try:
+            check_continues(run, request.config, force=request.force)
+            if is_finished(request):
+                return None
+            started = _submit(request, run)
+        except BaseException:
+            _remove_unstarted(run, before, is_new=is_new)
+            raise
+    remember_root(request.root)
+    return started
+
+
+def _submit(request: Request, run: RunDir) -> Started:
+    last = run.last_attempt()
+    forced = unsafe_changes(last.config(), request.config) if last else {}
+    attempt = run.new_attempt(request.config)
+    storage.write_json(attempt.path / "plan.json", request.plan.to_json())
+    write_snapshot(attempt, request.argv)
+    attempt.record_launch_event("submit", argv=list(request.argv), launcher=request.launcher_reason)
+    if forced:
+        attempt.record_launch_event("forced", changes={key: list(values) for key, values in forced.items()})
+    return Started(attempt, LocalLauncher().submit(request.job(attempt), detach=not request.config.wait))
+
+
+def _remove_unstarted(run: RunDir, before: list[int], *, is_new: bool) -> None:
+    """Removes what this submission, which holds the run's lock, left behind without starting anything."""
+    for number in set(run.attempt_numbers()) - set(before):
+        shutil.rmtree(Attempt(run, number).path, ignore_errors=True)
+    if is_new and not before:
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+def describe(request: Request) -> str:
+    """Returns what would be started, for --dry-run."""
+    run = request.run or RunDir(request.root / f"{request.config.recipe}-{request.config.run or '<new id>'}")
+    number = (run.attempt_numbers() or [0])[-1] + 1 if request.run else 1
+    return LocalLauncher().describe(request.job(Attempt(run, number)))
+
+
+def _choose_launcher(config: Config) -> str:
+    """Returns why the ranks run on this machine; nothing else is built into this version."""
+    if config.launcher.nodes != 1:
+        raise ConfigError(
+            f"{config.launcher.nodes} nodes, and the local launcher has this machine only", where="launcher.nodes", fix="launcher.nodes=1"
+        )
+    if config.launcher.name == "local":
+        return "local (launcher=local)"
+    if "SLURM_JOB_ID" in os.environ:
+        return f"local: this version has no Slurm launcher; inside allocation {os.environ['SLURM_JOB_ID']} it uses this machine only"
+    if shutil.which("sbatch"):
+        return "local: sbatch is here, but this version has no Slurm launcher; everything runs on this machine"
+    if "RAY_ADDRESS" in os.environ:
+        return "local: RAY_ADDRESS is set, but this version has no Ray launcher; everything runs on this machine"
+    return "local: no Slurm and no Ray found, so everything runs on this machine"
+
+
+def _plan(config: Config, hardware: Hardware, cache: Path) -> Plan:
+    prepared = find_prepared(config.data, cache)
+    manifest = DataManifest.load(prepared) if prepared else None
+    if manifest is not None:
+        check_length(manifest, config.train.seq_len)
+    checks.check_vocabulary(config, manifest.vocab_size if manifest else None)
+    at_most = {"bpe": config.data.vocab_size, "byte": checks.BYTE_VOCABULARY, "char": _CHAR_VOCABULARY}[config.data.tokenizer]
+    rows = config.model.vocab_size or (manifest.vocab_size if manifest else at_most)
+    exact = config.model.vocab_size is not None or manifest is not None or config.data.tokenizer == "byte"
+    return make_plan(config, rows, hardware, vocab_exact=exact)
+
+
+def _check_devices(plan: Plan) -> None:
+    """A plan may be made for another machine; ranks can be started only where their cards are."""
+    have = len(visible_cards()) if plan.device == "cuda" else plan.tasks_per_node
+    if have < plan.tasks_per_node:
+        raise PreflightError(
+            f"{plan.tasks_per_node} CUDA devices are needed, one a rank, and this machine has {have}",
+            where="hardware",
+            fix=f"launcher.tasks_per_node={have}" if have else "hardware=cpu, or --dry-run to plan for another machine",
+        )
+
+
+def _check_disk(config: Config, plan: Plan, folder: Path, *, is_new: bool, dry_run: bool) -> None:
+    elsewhere = "runs_root=FOLDER on another disk"
+    if not (_looks_writable(folder) if dry_run else storage.is_writable(folder)):
+        raise PreflightError(
+            "the folder of the runs cannot be written: no permission, or a read-only filesystem",
+            where=str(folder),
+            fix="runs_root=FOLDER where you may write",
+        )
+    # While a checkpoint is written, those that will be kept are still all there.
+    have = 0 if is_new else min(config.checkpoint.keep_last, len(list((folder / "checkpoints").glob("step-*"))))
+    export_bytes = plan.params.total * _EXPORT_BYTES[config.evaluation.export_dtype]
+    need = plan.checkpoint_bytes * (config.checkpoint.keep_last + 1 - have) + export_bytes + _SLACK_BYTES
+    free = storage.free_bytes(folder)
+    if free < need:
+        raise PreflightError(
+            f"the disk is too full: {format_bytes(free)} free, about {format_bytes(need)} needed for "
+            f"{config.checkpoint.keep_last + 1 - have} checkpoints of {format_bytes(plan.checkpoint_bytes)}, the export and logs",
+            where=str(folder),
+            fix=f"{elsewhere}, or checkpoint.keep_last=1" if config.checkpoint.keep_last > 1 else elsewhere,
+        )
+
+
+def _looks_writable(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def open_run(path: Path) -> RunDir:
+    """Opens a run that has at least one attempt.
+
+    Raises:
+        NotFoundError: there is nothing to continue.
+    """
+    run = RunDir.open(path)
+    if run.last_attempt() is None:
+        raise NotFoundError("the run was never started", where=run.name, fix=f"recipe={run.info()['recipe']} run={run.id}")
+    return run

@@ -1,0 +1,276 @@
+"""The configuration schema: one dataclass a section, one line of help a key.
+
+Hydra composes YAML values into these types on the login node; every later process reads the frozen result with
+`load_config`, which needs neither Hydra nor OmegaConf. Checks that involve several keys live in `checks.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional, get_args, get_type_hints
+
+import yaml
+
+from factory_train.errors import ConfigError, did_you_mean
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), safe: bool = False) -> Any:
+    """Declares a key: its default, its help line, its allowed words, and whether a resumed run may change it."""
+    metadata = {"help": help, "choices": choices, "safe": safe}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RopeScaling:
+    """Llama 3.1's frequency-dependent scaling of rotary embeddings to a longer context."""
+
+    factor: float = setting(8.0, "how many times longer the context becomes")
+    low_freq_factor: float = setting(1.0, "wavelengths above original_max_seq_len / this are scaled in full")
+    high_freq_factor: float = setting(4.0, "wavelengths below original_max_seq_len / this are left alone")
+    original_max_seq_len: int = setting(8192, "context length the base frequencies were trained for, in tokens")
+
+
+@dataclass
+class ModelConfig:
+    """A Llama-family decoder."""
+
+    name: str = setting("llama_tiny", "name of the preset, for people")
+    architecture: str = setting("llama", "which model class to build", choices=("llama",))
+    vocab_size: Optional[int] = setting(None, "rows of the embedding; null takes the tokenizer's vocabulary")
+    dim: int = setting(128, "width of the residual stream")
+    num_layers: int = setting(4, "number of decoder layers")
+    num_heads: int = setting(4, "number of query heads")
+    num_kv_heads: int = setting(4, "number of key and value heads; fewer than num_heads is grouped-query attention")
+    ffn_dim: int = setting(384, "width of the SwiGLU feed-forward layer")
+    max_seq_len: int = setting(2048, "longest context the model is meant for, in tokens")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies")
+    rope_scaling: Optional[RopeScaling] = setting(None, "Llama 3.1 rotary scaling; null leaves frequencies alone")
+    norm_eps: float = setting(1e-5, "epsilon of RMSNorm")
+    tie_embeddings: bool = setting(True, "use the input embedding as the output head too")
+    init_std: float = setting(0.02, "standard deviation of the initial weights")
+
+
+@dataclass
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    name: str = setting("builtin", "builtin: this Python's standard library; text: the file at data.path", choices=("builtin", "text"))
+    path: Optional[str] = setting(None, "a UTF-8 text file to train on; setting it selects data.name=text")
+    tokenizer: str = setting("bpe", "bpe is trained on the training split", choices=("bpe", "byte", "char"))
+    vocab_size: int = setting(4096, "vocabulary of the trained BPE tokenizer, at most")
+    validation_fraction: float = setting(0.05, "part of the text held out for validation")
+    cache_dir: Optional[str] = setting(None, "prepared data, shared by runs; null is <runs_root>/.data", safe=True)
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at once, and in what order."""
+
+    steps: int = setting(100, "number of optimizer steps of the whole run", safe=True)
+    seq_len: int = setting(256, "length of a training row, in tokens")
+    global_batch_tokens: int = setting(4096, "target tokens of one optimizer step over all ranks")
+    micro_batch_size: int = setting(4, "rows a rank processes at once; accumulation follows from it", safe=True)
+    seed: int = setting(1234, "fixes initial weights and sample order")
+    log_every: int = setting(10, "steps between progress lines", safe=True)
+    validate_every: int = setting(100, "steps between validations; 0 validates at the end only", safe=True)
+    validation_rows: int = setting(256, "rows of seq_len tokens used by one validation, at most")
+    deterministic: bool = setting(False, "pin algorithms and thread counts: the same world size repeats bit for bit", safe=True)
+    num_threads: Optional[int] = setting(None, "CPU threads of a rank; null shares the machine's cores", safe=True)
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    name: str = setting("adamw", "which optimizer to build", choices=("adamw",))
+    lr: float = setting(3e-3, "peak learning rate")
+    beta1: float = setting(0.9, "decay of the first moment")
+    beta2: float = setting(0.95, "decay of the second moment")
+    eps: float = setting(1e-8, "added to the root of the second moment")
+    weight_decay: float = setting(0.1, "decoupled decay of matrices; norms are not decayed")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns clipping off")
+    schedule: str = setting("wsd", "shape after warm-up", choices=("wsd", "cosine", "linear", "constant"))
+    warmup_steps: int = setting(20, "steps of linear warm-up")
+    decay_fraction: float = setting(0.3, "part of the run that wsd spends decaying")
+    min_lr_ratio: float = setting(0.0, "final learning rate as a part of the peak")
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks share the model and the batch."""
+
+    strategy: str = setting("fsdp", "how the model is replicated or sharded", choices=("single", "ddp", "fsdp"), safe=True)
+    dp_replicate: int = setting(1, "copies of the sharded model (fsdp: more than 1 is HSDP)", safe=True)
+    dp_shard: int = setting(-1, "ranks that share one copy; -1 is all that are left", safe=True)
+    cp: int = setting(1, "context-parallel ranks; only 1 in this version", safe=True)
+    tp: int = setting(1, "tensor-parallel ranks; only 1 in this version", safe=True)
+    reshard_after_forward: bool = setting(True, "free gathered parameters between forward and backward", safe=True)
+    activation_checkpoint: str = setting("none", "full recomputes each layer in the backward pass", choices=("none", "full"), safe=True)
+    compile: bool = setting(False, "torch.compile each layer", safe=True)
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats."""
+
+    params: str = setting("float32", "master parameters and optimizer state", choices=("float32", "float64"))
+    compute: str = setting("float32", "matmuls and activations", choices=("float32", "bfloat16", "float64"), safe=True)
+    reduce: str = setting("float32", "gradient reduction", choices=("float32", "bfloat16", "float64"), safe=True)
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and how much to keep."""
+
+    every_steps: int = setting(100, "steps between checkpoints; the last step is always saved", safe=True)
+    keep_last: int = setting(2, "newest checkpoints kept; older ones are removed after a newer one is complete", safe=True)
+
+
+@dataclass
+class LauncherConfig:
+    """Where the ranks run."""
+
+    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local"), safe=True)
+    nodes: int = setting(1, "number of machines", safe=True)
+    tasks_per_node: Optional[int] = setting(None, "ranks a machine; null is one a GPU, or 2 without GPUs", safe=True)
+    grace_s: float = setting(120.0, "seconds the ranks have to save after a stop signal before they are ended", safe=True)
+
+
+@dataclass
+class TrackingConfig:
+    """The MLflow side."""
+
+    backend: str = setting("mlflow", "none leaves everything in the run directory", choices=("mlflow", "none"), safe=True)
+    uri: Optional[str] = setting(None, "MLflow tracking URI; null is sqlite:///<runs_root>/mlflow.db", safe=True)
+    experiment: str = setting("factory_train", "MLflow experiment", safe=True)
+    registered_model: Optional[str] = setting(None, "registry name of the result; null is the recipe's name", safe=True)
+    register: bool = setting(True, "register the exported model at the end", safe=True)
+    sync_every_s: float = setting(5.0, "seconds between batches sent to MLflow", safe=True)
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured and shown when training ends."""
+
+    prompt: Optional[str] = setting(None, "start of the text sample; null takes the start of a validation document", safe=True)
+    sample_tokens: int = setting(64, "tokens of the text sample", safe=True)
+    export_dtype: str = setting("float32", "number format of exported weights", choices=("float32", "bfloat16"), safe=True)
+
+
+@dataclass
+class HardwareConfig:
+    """The device a rank runs on; null fields are read from the machine."""
+
+    name: str = setting("auto", "auto reads this machine; a preset describes the machine the job will get", safe=True)
+    device: str = setting("auto", "kind of device", choices=("auto", "cpu", "cuda"), safe=True)
+    memory_bytes: Optional[int] = setting(None, "memory of one device (one machine for cpu), in bytes", safe=True)
+    peak_flops: Optional[float] = setting(None, "dense bf16 peak of one device in FLOP/s; without it no MFU is printed", safe=True)
+
+
+@dataclass
+class Config:
+    """Everything one run is made from."""
+
+    recipe: str = setting("???", "name of the recipe in configs/recipe/")
+    program: str = setting("pretrain", "module of recipes/ that runs it", choices=("pretrain",))
+    run: Optional[str] = setting(None, "names the run: the same command with the same run= continues it")
+    runs_root: Optional[str] = setting(None, "folder of all runs; null is $FACTORY_TRAIN_RUNS, else ./runs", safe=True)
+    wait: bool = setting(True, "false returns as soon as the job is started", safe=True)
+    model: ModelConfig = setting(ModelConfig, "model")
+    data: DataConfig = setting(DataConfig, "data")
+    train: TrainConfig = setting(TrainConfig, "train")
+    optim: OptimConfig = setting(OptimConfig, "optim")
+    parallel: ParallelConfig = setting(ParallelConfig, "parallel")
+    precision: PrecisionConfig = setting(PrecisionConfig, "precision")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "checkpoint")
+    launcher: LauncherConfig = setting(LauncherConfig, "launcher")
+    tracking: TrackingConfig = setting(TrackingConfig, "tracking")
+    evaluation: EvaluationConfig = setting(EvaluationConfig, "evaluation")
+    hardware: HardwareConfig = setting(HardwareConfig, "hardware")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One leaf of the schema: `optim.lr`, its help, allowed words and whether a resumed run may change it."""
+
+    name: str
+    help: str
+    choices: tuple[str, ...]
+    safe: bool
+
+
+def schema_keys(section: type = Config, prefix: str = "") -> Iterator[Key]:
+    """Yields every leaf key of the schema, in order of declaration."""
+    hints = get_type_hints(section)
+    for item in fields(section):
+        name = prefix + item.name
+        inner = _dataclass_in(hints[item.name])
+        if inner is not None:
+            yield from schema_keys(inner, name + ".")
+        else:
+            yield Key(name, item.metadata["help"], item.metadata["choices"], item.metadata["safe"])
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """Returns the dataclass in `X` or `Optional[X]`, if there is one."""
+    return next((part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part) and isinstance(part, type)), None)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Returns the configuration as one flat mapping of dotted keys to leaf values."""
+
+    def walk(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, inner in value.items():
+            if isinstance(inner, Mapping):
+                yield from walk(inner, f"{prefix}{name}.")
+            else:
+                yield prefix + name, inner
+
+    return dict(walk(dataclasses.asdict(config), ""))
+
+
+def from_mapping(values: Mapping[str, Any], section: type = Config, prefix: str = "") -> Any:
+    """Builds a section from plain nested values, as read from YAML.
+
+    Raises:
+        ConfigError: a key is not in the schema.
+    """
+    hints = get_type_hints(section)
+    known = {item.name for item in fields(section)}
+    for name in values:
+        if name not in known:
+            guess = did_you_mean(name, known)
+            raise ConfigError(f"unknown key '{prefix}{name}'", fix=f"did you mean {prefix}{guess}?" if guess else None)
+    built = {}
+    for name, value in values.items():
+        inner = _dataclass_in(hints[name])
+        built[name] = from_mapping(value, inner, f"{prefix}{name}.") if inner and value is not None else value
+    return section(**built)
+
+
+def dump_config(config: Config) -> str:
+    """Returns the configuration as YAML: the frozen form an attempt keeps."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def load_config(path: Path) -> Config:
+    """Reads a configuration written by `dump_config`."""
+    return from_mapping(yaml.safe_load(path.read_text()))
+
+
+def unsafe_changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys a resumed run may not change and yet `new` does, with both values."""
+    before, after = flatten(old), flatten(new)
+    safe = {key.name for key in schema_keys() if key.safe} | {"recipe", "run"}
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if name not in safe and before.get(name) != after.get(name)
+    }

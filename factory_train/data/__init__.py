@@ -1,0 +1,1 @@
+"""Text to training rows: source, tokenizer, shards, sample order, loader."""

@@ -1,0 +1,131 @@
+"""Evaluation of a checkpoint: validation loss, bits per byte, baselines, and a text sample."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from factory_train import storage
+from factory_train.checkpoint.load import CheckpointReader, open_checkpoint
+from factory_train.config import Config
+from factory_train.data.loader import IGNORE_INDEX, validation_batches
+from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
+from factory_train.data.prompt import sample_prompt
+from factory_train.data.shards import TokenStream
+from factory_train.data.tokenizer import Tokenizer
+from factory_train.distributed.process_group import choose_device
+from factory_train.errors import NotFoundError
+from factory_train.loss import summed_cross_entropy
+from factory_train.models.build import build_model
+from factory_train.models.generate import generate
+from factory_train.run_dir import RunDir
+
+EVALUATION_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one checkpoint.
+
+    Args:
+        loss: mean negative log-likelihood of the validation tokens, in nats a token.
+        bits_per_byte: the same per byte of text, comparable over tokenizers.
+        baselines: cross-entropy of simple models on the same tokens, in nats a token.
+        sample: prompt and greedy continuation.
+    """
+
+    format_version: int
+    step: int
+    checkpoint: str
+    loss: float
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+    baselines: dict[str, float]
+    sample: dict[str, str]
+    time: float
+
+
+def run_config(run: RunDir) -> Config:
+    """Returns the configuration of the newest attempt.
+
+    Raises:
+        NotFoundError: the run was never started.
+    """
+    attempt = run.last_attempt()
+    if attempt is None:
+        raise NotFoundError("the run has no attempt yet", where=run.name)
+    return attempt.config()
+
+
+def load_model(cfg: Config, manifest: DataManifest, reader: CheckpointReader, device: torch.device) -> nn.Module:
+    """Builds the model of a run in one process and fills it from a checkpoint's weights."""
+    with torch.device("meta"):
+        model = build_model(cfg.model, cfg.model.vocab_size or manifest.vocab_size)
+    model.to(getattr(torch, cfg.precision.params)).to_empty(device=device)
+    model.init_buffers(device)  # type: ignore[operator]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read("weights", name))
+    return model.eval()
+
+
+@torch.no_grad()
+def evaluate_run(run: RunDir, step: int | None = None) -> Evaluation:
+    """Evaluates a checkpoint on the run's own validation tokens and writes `evaluation/step-*.json`.
+
+    Reads the run directory and nothing else.
+
+    Args:
+        step: which checkpoint; None is the newest that verifies.
+    """
+    cfg, manifest = run_config(run), DataManifest.load(run.data)
+    reader = open_checkpoint(run, step)
+    device = choose_device(cfg.hardware.device, 0)
+    model = load_model(cfg, manifest, reader, device)
+    tokens, tokenizer = TokenStream(run.data, "validation"), Tokenizer.load(run.data / TOKENIZER_NAME)
+    loss_sum, num_tokens = 0.0, 0
+    batches = validation_batches(
+        tokens,
+        seq_len=cfg.train.seq_len,
+        max_rows=cfg.train.validation_rows,
+        micro_batch_size=cfg.train.micro_batch_size,
+        dp_rank=0,
+        dp_size=1,
+    )
+    for micro in batches:
+        targets_BT = micro.targets_BT.to(device)
+        loss_sum += summed_cross_entropy(model(micro.tokens_BT.to(device)), targets_BT).item()
+        num_tokens += int((targets_BT != IGNORE_INDEX).sum())
+    loss = loss_sum / num_tokens
+    prompt = sample_prompt(cfg.evaluation, tokenizer, tokens)
+    continuation = generate(model, prompt, cfg.evaluation.sample_tokens, max_seq_len=cfg.train.seq_len)[len(prompt) :]
+    evaluation = Evaluation(
+        format_version=EVALUATION_FORMAT_VERSION,
+        step=reader.step,
+        checkpoint=reader.path.name,
+        loss=loss,
+        bits_per_byte=manifest.bits_per_byte(loss),
+        num_tokens=num_tokens,
+        num_bytes=round(num_tokens * manifest.bytes_per_token),
+        baselines=manifest.baselines,
+        sample={"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(continuation)},
+        time=time.time(),
+    )
+    storage.write_json(evaluation_path(run, evaluation.step), asdict(evaluation))
+    return evaluation
+
+
+def evaluation_path(run: RunDir, step: int) -> Path:
+    return run.evaluation / f"step-{step:08d}.json"
+
+
+def last_evaluation(run: RunDir) -> dict[str, Any] | None:
+    """Returns the newest evaluation of a run as plain JSON, if there is one."""
+    files = sorted(run.evaluation.glob("step-*.json"))
+    return storage.read_json(files[-1]) if files else None

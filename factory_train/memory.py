@@ -1,0 +1,120 @@
+"""How much memory a rank needs at its peak, from the configuration alone.
+
+The estimate is of eager PyTorch. State is exact; activations are what autograd keeps for this model (checked against it
+in the tests); the rest is from measurements of others, so that a quarter more or less is to be expected on large models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from factory_train.config import Config, ModelConfig
+from factory_train.model_size import ParameterCount
+
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+# CUDA context, NCCL and cuBLAS workspaces; on a CPU the interpreter with torch in it.
+_RUNTIME_BYTES = {"cuda": 3 * 2**29, "cpu": 400 * 2**20}
+# What the CUDA caching allocator cannot use of what it holds.
+_FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the peak of a training step.
+
+    Args:
+        params: master weights held between steps.
+        grads: reduced gradients.
+        optimizer: both moments.
+        working_weights: copies for computing: FSDP's gathered units and their gradients, or autocast's casts.
+        accumulated_grads: whole gradients that FSDP keeps between micro-batches it does not reduce.
+        activations: what the layers keep for the backward pass.
+        logits: scores of the vocabulary, their log-softmax and gradient.
+        runtime: libraries and processes, whatever the model.
+        fragmentation: held by the allocator and not usable.
+    """
+
+    params: int
+    grads: int
+    optimizer: int
+    working_weights: int
+    accumulated_grads: int
+    activations: int
+    logits: int
+    runtime: int
+    fragmentation: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, item.name) for item in fields(self))
+
+    @property
+    def states(self) -> int:
+        """What is there between steps too."""
+        return self.params + self.grads + self.optimizer
+
+
+def layer_activation_bytes(model: ModelConfig, *, compute: str, autocast: bool, device: str) -> int:
+    """Returns the bytes that one layer keeps for its backward pass, a token.
+
+    With h the width, k that of keys and values, f that of the feed-forward: the inputs of both norms (2h), their outputs
+    (2h), queries and attention output (2h), keys and values (2k), gate, its activation, up and their product (4f).
+    """
+    kv_dim = model.dim // model.num_heads * model.num_kv_heads
+    size = BYTES[compute]
+    wide = max(size, 4)
+    # Under autocast the residual stream stays in fp32; norms on a CPU keep a float32 copy of their input.
+    stream = wide if autocast or device == "cpu" else size
+    kept = 2 * model.dim * stream + (4 * model.dim + 2 * kv_dim + 4 * model.ffn_dim) * size
+    # Only the fused norm of CUDA does without the normalised value itself.
+    return kept + (2 * model.dim * wide if device == "cpu" else 0)
+
+
+def estimate_memory(cfg: Config, count: ParameterCount, vocab_size: int, *, dp_shard: int, grad_accum_steps: int, device: str) -> Memory:
+    """Estimates the peak memory of one rank.
+
+    Args:
+        cfg: strategy, precision, batch and recomputation are read from it.
+        count: parameters of the model.
+        vocab_size: rows of the embedding.
+        dp_shard: ranks that share one copy of the state (fsdp).
+        grad_accum_steps: micro-batches of a step.
+        device: "cuda" or "cpu".
+    """
+    master, compute, reduce = BYTES[cfg.precision.params], BYTES[cfg.precision.compute], BYTES[cfg.precision.reduce]
+    tokens = cfg.train.micro_batch_size * cfg.train.seq_len
+    sharded = cfg.parallel.strategy == "fsdp"
+    autocast = not sharded and compute != master
+    own = -(-count.total // (dp_shard if sharded else 1))
+
+    accumulated = working = 0
+    if sharded:
+        # The root stays gathered and collects gradients through the whole backward pass; of the layers there are the
+        # one at work, the next one on its way, and the gradients of one being reduced.
+        gathered = cfg.model.num_layers if not cfg.parallel.reshard_after_forward else min(2, cfg.model.num_layers)
+        working = 2 * count.root * compute + count.layer * (gathered * compute + compute + reduce)
+        accumulated = count.total * reduce if grad_accum_steps > 1 else 0
+    elif autocast:
+        working = count.total * compute
+
+    layer = layer_activation_bytes(cfg.model, compute=cfg.precision.compute, autocast=autocast, device=device)
+    if cfg.parallel.activation_checkpoint == "full":
+        entry = cfg.model.dim * (master if autocast else compute)
+        activations = tokens * (cfg.model.num_layers * entry + layer)
+    else:
+        activations = tokens * cfg.model.num_layers * layer
+    # In the backward pass: log-softmax, the gradient that reaches it, and the one that leaves it, all at least float32.
+    logits = tokens * vocab_size * 3 * max(compute, 4)
+
+    allocated = own * 4 * master + working + accumulated + activations + logits
+    return Memory(
+        params=own * master,
+        grads=own * master,
+        optimizer=2 * own * master,
+        working_weights=working,
+        accumulated_grads=accumulated,
+        activations=activations,
+        logits=logits,
+        runtime=_RUNTIME_BYTES[device],
+        fragmentation=int(_FRAGMENTATION * allocated) if device == "cuda" else 0,
+    )

@@ -1,0 +1,1 @@
+"""Language models: the architectures, text generation, and the Hugging Face layout."""

@@ -1,0 +1,31 @@
+"""From the name of an architecture to its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from factory_train.config import ModelConfig
+from factory_train.errors import ConfigError, did_you_mean
+from factory_train.models.language_model import LanguageModel
+from factory_train.models.llama import Llama
+
+ARCHITECTURES: dict[str, Callable[[ModelConfig, int], LanguageModel]] = {"llama": Llama}
+
+
+def build_model(cfg: ModelConfig, vocab_size: int) -> LanguageModel:
+    """Builds the model of a configuration, on the device of the surrounding `torch.device` context.
+
+    On the meta device nothing is allocated; `to_empty(device=...)`, `init_buffers` and a fill of the parameters by
+    `initial_std` make it real.
+
+    Args:
+        cfg: the model section.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        ConfigError: there is no such architecture.
+    """
+    if cfg.architecture not in ARCHITECTURES:
+        guess = did_you_mean(cfg.architecture, ARCHITECTURES) or next(iter(ARCHITECTURES))
+        raise ConfigError(f"unknown architecture '{cfg.architecture}'", where="model.architecture", fix=f"model.architecture={guess}")
+    return ARCHITECTURES[cfg.architecture](cfg, vocab_size)

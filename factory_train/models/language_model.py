@@ -1,0 +1,45 @@
+"""What every architecture offers to training, evaluation and export.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LanguageModel(nn.Module):
+    """A decoder that predicts the next token.
+
+    `layers` holds the blocks: each is sharded, recomputed and compiled by itself. Everything outside of them belongs to
+    the root. Buffers are derived, never saved: after `to_empty` or a change of dtype, call `init_buffers`.
+    """
+
+    layers: nn.ModuleList
+    max_seq_len: int
+
+    def hidden(self, tokens_BT: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Returns the normalised output of the last layer, x_BTD.
+
+        Args:
+            tokens_BT: token ids.
+            positions: place of each token in its context, (T,) or (B, T); None counts from 0.
+        """
+        raise NotImplementedError
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Applies the output head: logits_BTV."""
+        raise NotImplementedError
+
+    def init_buffers(self, device: torch.device) -> None:
+        """Computes every buffer anew on `device`."""
+        raise NotImplementedError
+
+    def initial_std(self, name: str) -> float | None:
+        """Returns the standard deviation of a parameter's normal initialisation; None means that it starts as ones."""
+        raise NotImplementedError
+
+    def forward(self, tokens_BT: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Returns the logits of the token after each one: logits_BTV."""
+        return self.logits(self.hidden(tokens_BT, positions))

@@ -1,0 +1,135 @@
+"""The optimizer seam, and AdamW behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+from factory_train.config import OptimConfig
+from factory_train.distributed.box import local_tensor
+
+
+class Optimizer(Protocol):
+    """What the trainer and the checkpoint ask of an optimizer.
+
+    It works on this rank's shards (`local_tensor` of each parameter), so one implementation serves every strategy.
+    """
+
+    def step(self, *, lr: float, grad_norm: torch.Tensor, skip: torch.Tensor) -> None:
+        """Updates the weights from their gradients without waiting for the device.
+
+        Args:
+            lr: learning rate of this step.
+            grad_norm: L2 norm of the whole gradient; scalar on the device. Clipping follows from it.
+            skip: 1.0 leaves weights, state and step counters as they are; scalar on the device.
+        """
+        ...
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        ...
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Returns this rank's gradient shards."""
+        ...
+
+    def state(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """Returns the canonical state: `exp_avg` and `exp_avg_sq`, each by parameter name, shaped like the local shards."""
+        ...
+
+    def step_count(self) -> int:
+        """Returns how many updates were made (skipped ones not counted); waits for the device."""
+        ...
+
+    def set_step_count(self, count: int) -> None:
+        """Continues counting from a checkpoint; the caller fills the tensors of `state()` in place."""
+        ...
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019), fused, with clipping and the skip decision inside the same pass.
+
+    Args:
+        model: its parameters may be plain tensors or DTensors; matrices are decayed, vectors are not.
+        cfg: betas, eps, weight decay, clipping.
+    """
+
+    def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
+        self._cfg = cfg
+        self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        shards = {name: local_tensor(parameter.detach()) for name, parameter in self._parameters.items()}
+        self._exp_avg = {name: torch.zeros_like(shard) for name, shard in shards.items()}
+        self._exp_avg_sq = {name: torch.zeros_like(shard) for name, shard in shards.items()}
+        self._steps = {name: torch.zeros((), device=shard.device) for name, shard in shards.items()}
+        # A rank can hold an empty shard of a small parameter; it has nothing to update there.
+        present = [name for name, shard in shards.items() if shard.numel()]
+        self._groups = [
+            (cfg.weight_decay, [name for name in present if self._parameters[name].ndim >= 2]),
+            (0.0, [name for name in present if self._parameters[name].ndim < 2]),
+        ]
+
+    @torch.no_grad()
+    def step(self, *, lr: float, grad_norm: torch.Tensor, skip: torch.Tensor) -> None:
+        # Dividing by max(1, norm / max_norm) inside the update saves a pass over the gradients.
+        divisor = (grad_norm / self._cfg.max_grad_norm).clamp(min=1.0) if self._cfg.max_grad_norm else torch.ones_like(grad_norm)
+        for weight_decay, names in self._groups:
+            if not names:
+                continue
+            weights = [local_tensor(self._parameters[name]) for name in names]
+            grads = [self._gradient(name) for name in names]
+            # The fused kernel takes its divisor in float32 only: too coarse for a float64 run.
+            in_kernel = weights[0].dtype != torch.float64
+            if not in_kernel:
+                torch._foreach_div_(grads, divisor)
+            adamw(
+                weights,
+                grads,
+                [self._exp_avg[name] for name in names],
+                [self._exp_avg_sq[name] for name in names],
+                [],
+                [self._steps[name] for name in names],
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=self._cfg.beta1,
+                beta2=self._cfg.beta2,
+                eps=self._cfg.eps,
+                lr=lr,
+                weight_decay=weight_decay,
+                grad_scale=divisor.float() if in_kernel else None,
+                found_inf=skip,
+            )
+
+    def _gradient(self, name: str) -> torch.Tensor:
+        grad = self._parameters[name].grad
+        assert grad is not None, f"no gradient for {name}"
+        return local_tensor(grad)
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def gradients(self) -> list[torch.Tensor]:
+        return [self._gradient(name) for name in self._parameters]
+
+    def state(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq}
+
+    def step_count(self) -> int:
+        return int(next(iter(self._steps.values())).item())
+
+    def set_step_count(self, count: int) -> None:
+        for steps in self._steps.values():
+            steps.fill_(count)
+
+
+OPTIMIZERS = {"adamw": AdamW}
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
+    """Returns the optimizer that `optim.name` names, over the parameters of `model`."""
+    return OPTIMIZERS[cfg.name](model, cfg)

@@ -1,0 +1,57 @@
+"""The schema as data: type, default and section of every key of `Config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+from factory_train.config import Config
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Type and default of one key of the schema."""
+
+    type: type
+    optional: bool
+    default: Any
+
+
+@dataclass(frozen=True)
+class Section:
+    """One dataclass of the schema and whether null may stand in its place."""
+
+    type: type
+    optional: bool
+
+
+@cache
+def _schema() -> tuple[dict[str, Leaf], dict[str, Section]]:
+    leaves: dict[str, Leaf] = {}
+    sections: dict[str, Section] = {}
+
+    def walk(owner: Any, prefix: str) -> None:
+        hints = get_type_hints(owner)
+        for item in fields(owner):
+            name, hint = prefix + item.name, hints[item.name]
+            parts = [part for part in get_args(hint) if part is not type(None)]
+            kind, optional = (parts[0], True) if parts else (hint, False)
+            if isinstance(kind, type) and is_dataclass(kind):
+                sections[name] = Section(kind, optional)
+                walk(kind, name + ".")
+            else:
+                leaves[name] = Leaf(kind, optional, item.default)
+
+    walk(Config, "")
+    return leaves, sections
+
+
+def leaves() -> dict[str, Leaf]:
+    """Returns type and default of every key of the schema."""
+    return _schema()[0]
+
+
+def sections() -> dict[str, Section]:
+    """Returns the sections of the schema by dotted name."""
+    return _schema()[1]

@@ -1,0 +1,91 @@
+"""What code an attempt ran: written beside its configuration, so that a result can be traced to its sources."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import factory_train
+from factory_train import storage
+from factory_train.run_dir import Attempt
+
+SNAPSHOT_FORMAT_VERSION = 1
+_PACKAGE = Path(factory_train.__file__).parent
+_SOURCES = (".py", ".yaml", ".sbatch", ".sh")
+_PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "safetensors", "tokenizers", "mlflow", "ray", "submitit", "deepspeed")
+# A patch beyond this holds something that is not source code.
+_MAX_PATCH_BYTES = 16 * 2**20
+_GIT_TIMEOUT_S = 10.0
+
+
+def write_snapshot(attempt: Attempt, argv: Sequence[str]) -> None:
+    """Writes `code.json`, and `code/diff.patch` where the package lies in a git checkout with changes.
+
+    A missing git or an unreadable checkout leaves its fields null: lineage is worth having, not worth failing for.
+    """
+    with contextlib.suppress(OSError):
+        facts = describe_code(argv)
+        patch = _git("diff", "--binary", "HEAD") if facts["git_sha"] and facts["git_dirty"] else None
+        if patch and len(patch) <= _MAX_PATCH_BYTES:
+            storage.write_atomic(attempt.path / "code" / "diff.patch", patch)
+        storage.write_json(attempt.path / "code.json", facts)
+
+
+def describe_code(argv: Sequence[str]) -> dict[str, Any]:
+    """Returns the content of code.json."""
+    sha, status = _git("rev-parse", "--verify", "-q", "HEAD"), _git("status", "--porcelain")
+    changes = status.decode(errors="replace").splitlines() if status is not None else []
+    return {
+        "format_version": SNAPSHOT_FORMAT_VERSION,
+        "version": factory_train.__version__,
+        "git_sha": sha.decode().strip() or None if sha is not None else None,
+        "git_dirty": bool(changes) if status is not None else None,
+        "git_untracked": [line[3:] for line in changes if line.startswith("??")],
+        "tree_sha256": tree_sha256(_PACKAGE),
+        "argv": list(argv),
+        "working_directory": os.getcwd(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": dict(_versions()),
+    }
+
+
+def tree_sha256(root: Path) -> str:
+    """Returns one hash over names and contents of all sources below `root`, links followed."""
+    digest = hashlib.sha256()
+    for path in sorted(_source_files(root)):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for folder, inner, files in os.walk(root, followlinks=True):
+        inner[:] = [name for name in inner if name != "__pycache__"]
+        yield from (Path(folder, name) for name in files if name.endswith(_SOURCES))
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield package, metadata.version(package)
+
+
+def _git(*words: str) -> bytes | None:
+    """Returns what git says about the checkout the package lies in; None when there is none or git fails."""
+    root = _PACKAGE.resolve().parent
+    if not (root / ".git").exists():
+        return None
+    environ = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, timeout=_GIT_TIMEOUT_S, env=environ)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,125 @@
+"""Files that are either wholly there or not there at all, on a local or a parallel filesystem."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fcntl
+
+
+def fsync_directory(path: Path) -> None:
+    """Makes the names inside a directory durable; a file's own fsync does not do that."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    """Writes a durable temporary file in the folder of `path` and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        # A full disk must not leave half a file behind.
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replaces `path` by `data`: a reader sees the old bytes or the new ones, never a mix."""
+    temporary = _write_beside(path, data.encode() if isinstance(data, str) else data)
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_json_once(path: Path, value: Any) -> bool:
+    """Writes `path` unless somebody already has; returns whether this call wrote it.
+
+    The first writer wins however many race: the complete file is linked to its name in one step.
+    """
+    temporary = _write_beside(path, (json.dumps(value, indent=2) + "\n").encode())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return True
+
+
+def read_json(path: Path) -> Any:
+    """Returns the JSON value in `path`; None when the file is not there."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def append_json_line(path: Path, row: dict[str, Any]) -> None:
+    """Appends one row to a JSON-lines file that only the caller's process writes."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the complete rows of a JSON-lines file; a last line still being written is left out."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    complete, _, _ = data.rpartition(b"\n")
+    return [json.loads(line) for line in complete.splitlines() if line.strip()]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive advisory lock on the file `path`, waiting for whoever has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def is_writable(path: Path) -> bool:
+    """Returns whether a file can really be created below `path` (a read-only mount says no to root too)."""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    probe = folder / f".write-probe-{secrets.token_hex(4)}"
+    try:
+        probe.touch()
+    except OSError:
+        return False
+    probe.unlink(missing_ok=True)
+    return True
+
+
+def free_bytes(path: Path) -> int:
+    """Returns the bytes an ordinary user can still write on the filesystem that holds `path`."""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize

@@ -1,0 +1,272 @@
+"""The training loop: builds the parts, steps, validates, saves, and stops when all ranks agree to."""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from factory_train.checkpoint.load import load_newest
+from factory_train.checkpoint.save import TensorEntry, save_checkpoint
+from factory_train.config import Config
+from factory_train.data.loader import IGNORE_INDEX, Cursor, TokenLoader, validation_batches
+from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
+from factory_train.data.prompt import sample_prompt
+from factory_train.data.shards import TokenStream
+from factory_train.data.tokenizer import Tokenizer
+from factory_train.distributed.box import local_box, local_tensor
+from factory_train.distributed.mesh import ParallelDims
+from factory_train.distributed.parallelize import parallelize
+from factory_train.distributed.step_reduction import StepFacts, StepReduction
+from factory_train.errors import ConfigError, DivergenceError
+from factory_train.launchers.job import WorkerEnv
+from factory_train.loss import summed_cross_entropy
+from factory_train.metrics_log import MetricsLog
+from factory_train.models.build import build_model
+from factory_train.models.generate import generate
+from factory_train.optim import build_optimizer
+from factory_train.plan import Plan
+from factory_train.preemption import StopSignal
+from factory_train.run_dir import Attempt
+from factory_train.schedule import learning_rate
+from factory_train.throughput import Throughput
+
+# So many steps in a row without a finite loss and gradient cannot be a passing spike.
+MAX_SKIPPED_STEPS = 25
+
+
+class Outcome(Enum):
+    """How training ended."""
+
+    DONE = "done"
+    PREEMPTED = "preempted"
+    INTERRUPTED = "interrupted"
+
+
+class Trainer:
+    """Trains one attempt of a run; the process group is up already.
+
+    Args:
+        cfg: the frozen configuration.
+        plan: what was derived from it.
+        attempt: where everything is written.
+        env: this process's place in the gang.
+        device: this rank's device.
+        stop: flags that signals set.
+        dataset: folder of the prepared training tokens.
+    """
+
+    def __init__(
+        self, cfg: Config, plan: Plan, attempt: Attempt, env: WorkerEnv, device: torch.device, stop: StopSignal, dataset: Path
+    ) -> None:
+        self.cfg, self.plan, self.attempt, self.env, self.device, self.stop = cfg, plan, attempt, env, device, stop
+        self.is_main = env.rank == 0
+        self.dims = ParallelDims(plan.dp_replicate, plan.dp_shard)
+        self.manifest = DataManifest.load(attempt.run.data)
+        with torch.device("meta"):
+            model = build_model(cfg.model, cfg.model.vocab_size or self.manifest.vocab_size)
+        self.model = parallelize(model, self.dims.build_mesh(device.type), cfg, device)
+        self.parameters = dict(self.model.module.named_parameters())
+        self.optimizer = build_optimizer(self.model.module, cfg.optim)
+        self.reduction = StepReduction(device, self.model.grad_copies)
+        self.train_tokens = TokenStream(dataset, "train")
+        self.validation_tokens = TokenStream(attempt.run.data, "validation")
+        self.tokenizer = Tokenizer.load(attempt.run.data / TOKENIZER_NAME)
+        self.throughput = Throughput(
+            tokens_per_step=plan.tokens_per_step,
+            flops_per_token=plan.flops_per_token,
+            world_size=env.world_size,
+            peak_flops=plan.peak_flops,
+            device=device,
+        )
+        self.metrics = MetricsLog(attempt, enabled=self.is_main)
+        self.step = 0
+        self.tokens_seen = 0
+        self.cursor = Cursor()
+        self.outcome: Outcome | None = None
+        self._skipped_in_a_row = 0
+        self._open_row: dict[str, Any] | None = None
+
+    def train(self) -> Outcome:
+        """Trains to the end, or to a stop that all ranks agreed on; a checkpoint of the last step is on disk then."""
+        self._resume()
+        self.metrics.write("start", self.step)
+        loader = self.open_loader()
+        try:
+            self.throughput.restart_clock()
+            saved_step = self.step
+            while self.step < self.cfg.train.steps and self.outcome is None:
+                self.train_step(loader)
+                if self._is_due(self.cfg.train.validate_every):
+                    self.settle()
+                    self._validate()
+                if self._is_due(self.cfg.checkpoint.every_steps):
+                    self.settle()
+                    self._save()
+                    saved_step = self.step
+            self.settle()
+            if saved_step != self.step:
+                self._save()
+        finally:
+            loader.close()
+            self.metrics.close()
+        return self.outcome or Outcome.DONE
+
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.cfg.train.steps or (every > 0 and self.step % every == 0)
+
+    def open_loader(self) -> TokenLoader:
+        """Returns a loader that continues at the current position in the sample order."""
+        return TokenLoader(
+            self.train_tokens,
+            seq_len=self.cfg.train.seq_len,
+            samples_per_step=self.plan.samples_per_step,
+            micro_batch_size=self.cfg.train.micro_batch_size,
+            dp_rank=self.env.rank,
+            dp_size=self.dims.dp_size,
+            seed=self.cfg.train.seed,
+            cursor=self.cursor,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def train_step(self, loader: TokenLoader) -> None:
+        """Makes one optimizer step; the host learns its figures at the next one, or in `settle`."""
+        batch = loader.next_step()
+        lr = learning_rate(self.step, self.cfg.train.steps, self.cfg.optim)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        last = len(batch.micro_batches) - 1
+        for index, micro in enumerate(batch.micro_batches):
+            tokens_BT, targets_BT = self._to_device(micro.tokens_BT), self._to_device(micro.targets_BT)
+            with self.model.gradient_sync(index == last):
+                share = summed_cross_entropy(self.model(tokens_BT), targets_BT) / batch.num_targets
+                share.backward()
+            loss += share.detach()
+        verdict, previous = self.reduction.reduce(
+            loss,
+            self.optimizer.gradients(),
+            preempt=self.stop.preempt,
+            interrupt=self.stop.interrupt,
+            data_hash=batch.data_hash,
+        )
+        self.optimizer.step(lr=lr, grad_norm=verdict.grad_norm, skip=verdict.skip)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens_seen += batch.num_targets
+        self.cursor = batch.cursor_after
+        if previous is not None:
+            self._close_row(previous)
+        self._open_row = {"step": self.step, "lr": lr, "tokens_seen": self.tokens_seen, **self.throughput.step_done()}
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def settle(self) -> None:
+        """Waits for the device and learns the facts of the last step."""
+        facts = self.reduction.flush()
+        if facts is not None:
+            self._close_row(facts)
+
+    def _close_row(self, facts: StepFacts) -> None:
+        """Logs the step whose facts have just arrived and acts on them; every rank sees the same facts at the same step."""
+        assert self._open_row is not None
+        row, self._open_row = self._open_row, None
+        self.metrics.write(
+            "train", **row, loss=facts.loss, grad_norm=facts.grad_norm, skipped=int(facts.skipped), data_hash=facts.data_hash
+        )
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if facts.skipped else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise DivergenceError(
+                f"loss or gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row, up to step {row['step']}",
+                fix=f"lower optim.lr (now {self.cfg.optim.lr:g}), lengthen optim.warmup_steps, or use precision=fp32",
+            )
+        if facts.interrupt:
+            self.outcome = Outcome.INTERRUPTED
+        elif facts.preempt:
+            self.outcome = Outcome.PREEMPTED
+
+    def _validate(self) -> None:
+        """Measures the validation loss over all ranks and writes a text sample."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        batches = validation_batches(
+            self.validation_tokens,
+            seq_len=self.cfg.train.seq_len,
+            max_rows=self.cfg.train.validation_rows,
+            micro_batch_size=self.cfg.train.micro_batch_size,
+            dp_rank=self.env.rank,
+            dp_size=self.dims.dp_size,
+        )
+        with self.model.evaluating():
+            for micro in batches:
+                targets_BT = self._to_device(micro.targets_BT)
+                sums[0] += summed_cross_entropy(self.model(self._to_device(micro.tokens_BT)), targets_BT)
+                sums[1] += (targets_BT != IGNORE_INDEX).sum()
+            dist.all_reduce(sums)
+            loss_sum, num_tokens = sums.tolist()
+            loss = loss_sum / num_tokens
+            self.metrics.write("validation", self.step, loss=loss, bits_per_byte=self.manifest.bits_per_byte(loss))
+            if self.cfg.evaluation.sample_tokens:
+                prompt = sample_prompt(self.cfg.evaluation, self.tokenizer, self.validation_tokens)
+                tokens = generate(self.model, prompt, self.cfg.evaluation.sample_tokens, max_seq_len=self.cfg.train.seq_len)
+                self.metrics.write(
+                    "sample", self.step, prompt=self.tokenizer.decode(prompt), text=self.tokenizer.decode(tokens[len(prompt) :])
+                )
+        self.throughput.restart_clock()
+
+    def _entries(self) -> list[TensorEntry]:
+        """Returns this rank's shards of weights and optimizer state, as a checkpoint addresses them."""
+        sections = {"weights": {name: local_tensor(parameter.detach()) for name, parameter in self.parameters.items()}}
+        sections |= {f"optimizer/{key}": dict(tensors) for key, tensors in self.optimizer.state().items()}
+        entries = []
+        for section, tensors in sections.items():
+            for name, tensor in tensors.items():
+                box, global_shape = local_box(self.parameters[name])
+                entries.append(
+                    TensorEntry(name, section, tensor, box, global_shape, self.env.rank // self.dims.dp_shard, self.dims.dp_replicate)
+                )
+        return entries
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "cursor": self.cursor.to_json(),
+            "optimizer_step": self.optimizer.step_count(),
+            "seed": self.cfg.train.seed,
+            "data_id": self.manifest.id,
+        }
+        path = save_checkpoint(
+            self.attempt,
+            self.step,
+            self._entries(),
+            state,
+            rank=self.env.rank,
+            world_size=self.env.world_size,
+            keep_last=self.cfg.checkpoint.keep_last,
+        )
+        if self.is_main:
+            self.attempt.record_event("checkpoint", step=self.step, path=path.name)
+        self.throughput.restart_clock()
+
+    def _resume(self) -> None:
+        """Continues from the newest checkpoint that verifies; with none, the initial weights stand."""
+        loaded = load_newest(self.attempt.run, self._entries(), rank=self.env.rank, world_size=self.env.world_size)
+        if loaded is None:
+            return
+        if loaded.state["data_id"] != self.manifest.id:
+            raise ConfigError(
+                f"checkpoint {loaded.path.name} was trained on data {loaded.state['data_id'][:12]}, but the data is now {self.manifest.id[:12]}",
+                where="data",
+                fix="start a new run (drop run=...), or bring back the data and the Python version it was prepared with",
+            )
+        self.step = loaded.state["step"]
+        self.tokens_seen = loaded.state["tokens_seen"]
+        self.cursor = Cursor.from_json(loaded.state["cursor"])
+        self.optimizer.set_step_count(loaded.state["optimizer_step"])
+        if self.is_main:
+            for note in loaded.notes:
+                self.attempt.record_event("checkpoint-skipped", message=note)
+            self.attempt.record_event("resume", step=self.step, checkpoint=loaded.path.name)

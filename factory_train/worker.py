@@ -1,0 +1,118 @@
+"""What a launcher starts: one stage of a job, in one process (`python -m factory_train.worker STAGE`).
+
+Its orders are the `WorkerEnv` variables and the frozen configuration of the attempt; its answers are its exit code,
+its log, and on failure the attempt's ERROR.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from factory_train.errors import ConfigError, ExitCode, FactoryTrainError, FencedError
+from factory_train.launchers.job import STAGES, WorkerEnv
+from factory_train.preemption import StopSignal
+from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt
+
+
+def main(argv: list[str]) -> int:
+    """Runs the stage named by `argv` and returns its exit code."""
+    if len(argv) != 1 or argv[0] not in STAGES:
+        raise ConfigError(f"usage: python -m factory_train.worker {'|'.join(STAGES)}", where="worker")
+    stage = argv[0]
+    # Signals first: importing torch takes seconds in which a stop request must not be lost.
+    stop = StopSignal()
+    if stage == "train":
+        stop.install()
+    env = WorkerEnv.from_environ()
+    attempt = env.open_attempt()
+    if env.lifeline:
+        _end_with_launcher()
+    _beat(attempt.heartbeat_path(env.rank))
+    try:
+        cfg = attempt.config()
+        program = importlib.import_module(f"factory_train.recipes.{cfg.program}")
+        if stage == "train":
+            return int(program.train(cfg, attempt, env, stop))
+        return int(getattr(program, stage)(cfg, attempt))
+    except FencedError as error:
+        # A newer attempt owns the run now; this one leaves without a trace in it.
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except Exception as error:
+        return _record_failure(error, stage, env, attempt)
+
+
+def _record_failure(error: Exception, stage: str, env: WorkerEnv, attempt: Attempt) -> int:
+    traceback.print_exc()
+    exit_code = error.exit_code if isinstance(error, FactoryTrainError) else ExitCode.FAILED
+    attempt.record_error(
+        {
+            "stage": stage,
+            "rank": env.rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+            "type": type(error).__name__,
+            "message": error.what if isinstance(error, FactoryTrainError) else str(error),
+            "where": error.where if isinstance(error, FactoryTrainError) else None,
+            "hint": _hint(error),
+            "by_user": isinstance(error, FactoryTrainError) and error.by_user,
+            "traceback": traceback.format_exc(),
+        }
+    )
+    return int(exit_code)
+
+
+def _hint(error: Exception) -> str | None:
+    """Returns what a person could change, if the error itself tells."""
+    if isinstance(error, FactoryTrainError):
+        return error.fix
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "lower train.micro_batch_size, or set parallel.activation_checkpoint=full"
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+        return "another rank ended first; its log tells why"
+    if isinstance(error, OSError) and error.filename:
+        return f"check that {error.filename} can be written and that its disk is not full"
+    return None
+
+
+def _end_with_launcher() -> None:
+    """Ends this process and what it started when the launcher's end of our standard input closes.
+
+    However the launcher died, no rank outlives it. A launcher whose scheduler sees to this leaves `lifeline` unset.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _beat(path: Path) -> None:
+    """Touches the heartbeat file for as long as this process lives."""
+
+    def beat() -> None:
+        while True:
+            try:
+                path.parent.mkdir(exist_ok=True)
+                path.touch()
+            except OSError:
+                # A full or vanished disk shows itself where it matters, in a save.
+                pass
+            time.sleep(HEARTBEAT_EVERY_S)
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

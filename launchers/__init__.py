@@ -1,0 +1,1 @@
+"""Launchers start a job's ranks somewhere; they import the ground modules only and never torch."""

@@ -1,0 +1,1 @@
+"""Programs a recipe can name: each wires the modules for one purpose."""

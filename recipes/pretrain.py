@@ -1,0 +1,72 @@
+"""Pretraining: text to a trained, evaluated, exported model, in the three stages of a job."""
+
+from __future__ import annotations
+
+from factory_train.config import Config
+from factory_train.errors import ExitCode
+from factory_train.launchers.job import WorkerEnv
+from factory_train.preemption import StopSignal
+from factory_train.run_dir import Attempt
+
+
+def prepare(cfg: Config, attempt: Attempt) -> ExitCode:
+    """Makes sure the tokens are there, and copies what evaluation needs into the run directory."""
+    from factory_train.data.manifest import DataManifest, cache_root, check_length, check_vocabulary
+    from factory_train.data.prepare import copy_for_run
+    from factory_train.data.prepare import prepare as prepare_data
+
+    run = attempt.run
+    dataset = prepare_data(cfg.data, cache_root(cfg, run.path.parent), lambda message: attempt.record_event("prepare", message=message))
+    manifest = DataManifest.load(dataset)
+    check_length(manifest, cfg.train.seq_len)
+    check_vocabulary(manifest, cfg.model.vocab_size)
+    copy_for_run(dataset, run.data, max_validation_tokens=cfg.train.validation_rows * cfg.train.seq_len + 1)
+    return ExitCode.OK
+
+
+def train(cfg: Config, attempt: Attempt, env: WorkerEnv, stop: StopSignal) -> ExitCode:
+    """Trains on this rank; rank 0 writes the verdict when training stops before its end."""
+    from factory_train.data.manifest import DataManifest, cache_root, find_prepared
+    from factory_train.distributed.process_group import choose_device, process_group
+    from factory_train.distributed.runtime import configure_runtime
+    from factory_train.errors import DataError
+    from factory_train.hardware import detect
+    from factory_train.plan import make_plan
+    from factory_train.trainer import Outcome, Trainer
+
+    configure_runtime(cfg.train, env.local_world_size)
+    dataset = find_prepared(cfg.data, cache_root(cfg, attempt.run.path.parent))
+    if dataset is None:
+        raise DataError("the prepared data has gone", fix="start again with the same run=: the prepare stage makes it anew")
+    manifest = DataManifest.load(attempt.run.data)
+    plan = make_plan(cfg, cfg.model.vocab_size or manifest.vocab_size, detect(cfg.hardware), vocab_exact=True)
+    device = choose_device(cfg.hardware.device, env.local_rank)
+    with process_group(env, attempt.path / "rendezvous.json", device):
+        trainer = Trainer(cfg, plan, attempt, env, device, stop, dataset)
+        outcome = trainer.train()
+    if outcome is Outcome.DONE:
+        return ExitCode.OK
+    code = ExitCode.INTERRUPTED if outcome is Outcome.INTERRUPTED else ExitCode.PREEMPTED
+    if env.rank == 0:
+        reason = "interrupted by the user" if outcome is Outcome.INTERRUPTED else "asked to stop (SIGTERM)"
+        attempt.write_verdict(outcome.value, code, step=trainer.step, reason=f"{reason}; saved at step {trainer.step}")
+    return code
+
+
+def finish(cfg: Config, attempt: Attempt) -> ExitCode:
+    """Evaluates the last checkpoint, exports it, and writes the report and the registration intent."""
+    from factory_train.distributed.runtime import configure_runtime
+    from factory_train.evaluation.evaluate import evaluate_run
+    from factory_train.export import export_run, write_registration_intent
+    from factory_train.report import write_report
+
+    configure_runtime(cfg.train, 1)
+    attempt.record_event("finish", message="evaluating")
+    evaluation = evaluate_run(attempt.run)
+    attempt.record_event("finish", message="exporting")
+    folder = export_run(attempt.run, dtype=cfg.evaluation.export_dtype)
+    if cfg.tracking.register:
+        write_registration_intent(attempt, folder, evaluation)
+    attempt.record_event("finish", message="writing the report")
+    write_report(attempt.run)
+    return ExitCode.OK

@@ -1,0 +1,88 @@
+"""A worker that speaks the launcher's contract without training anything.
+
+What a process does is read from the environment variable SCRIPT: {"train:1": "raise", "prepare": "ok", ...}, keyed by
+stage and, in the train stage, rank; "ok" where nothing is said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from factory_train.launchers.job import WorkerEnv
+from factory_train.launchers.lifeline import end_with_launcher
+
+PATIENCE_S = 60.0
+
+
+def main() -> int:
+    stage = sys.argv[1]
+    env = WorkerEnv.from_environ()
+    attempt = env.open_attempt()
+    end_with_launcher()
+    script = json.loads(os.environ.get("SCRIPT", "{}"))
+    action = script.get(f"{stage}:{env.rank}" if stage == "train" else stage, "ok")
+    stops: list[int] = []
+    if action != "unready":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda number, frame: stops.append(number))
+    print(f"{stage} rank {env.rank} of {env.world_size} does: {action}", flush=True)
+    (attempt.path / f"started-{stage}-{env.rank}").write_text(str(os.getpid()))
+    return _act(action, stops, env)
+
+
+def _act(action: str, stops: list[int], env: WorkerEnv) -> int:
+    attempt = env.open_attempt()
+    match action:
+        case "ok":
+            return 0
+        case "train":
+            # Steps until it is told to stop; rank 0 speaks for all.
+            for step in range(1, int(PATIENCE_S * 50)):
+                if env.rank == 0:
+                    with open(attempt.metrics_path, "a") as file:
+                        file.write(json.dumps({"kind": "train", "step": step, "time": time.time(), "loss": 4.0}) + "\n")
+                time.sleep(0.02)
+                if stops:
+                    outcome, code = ("interrupted", 130) if stops[0] == signal.SIGINT else ("preempted", 75)
+                    if env.rank == 0:
+                        attempt.write_verdict(outcome, code, step=step, reason=f"saved at step {step}")
+                    return code
+            return 1
+        case "raise":
+            attempt.record_error({"rank": env.rank, "host": "here", "message": "ValueError: no such thing", "hint": "do the other thing"})
+            return 1
+        case "usage":
+            attempt.record_error({"rank": env.rank, "host": "here", "message": "vocabulary too small", "hint": None})
+            return 2
+        case "silent":
+            print("the last words", flush=True)
+            os._exit(3 if env.world_size == 1 else 17)
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "blames-peer":
+            # Loses its peer and reports that before the launcher can.
+            attempt.record_error({"rank": env.rank, "host": "here", "message": "connection closed by peer"})
+            time.sleep(0.3)
+            return 1
+        case "killed-late":
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang" | "unready":
+            # Signals are noted and not acted upon, as in a collective whose peer is gone.
+            deadline = time.monotonic() + PATIENCE_S
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+        case "hang-with-child":
+            child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({PATIENCE_S})"])
+            (attempt.path / "grandchild").write_text(str(child.pid))
+            time.sleep(PATIENCE_S)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""A run killed at any moment goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import command
+import psutil
+import pytest
+
+from factory_train.run_dir import RunDir
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("resume")
+    (path / "text.txt").write_text(Path(subprocess.__file__).read_text())
+    return path
+
+
+def words(run: str, *more: str) -> tuple[str, ...]:
+    return (
+        *("recipe=llama_fsdp", f"run={run}", "data.path=text.txt", *command.SMALL, "tracking=none", "launcher.tasks_per_node=2"),
+        *(f"train.steps={STEPS}", "checkpoint.every_steps=4", "train.validate_every=0", "train.deterministic=true", *more),
+    )
+
+
+def train_rows(folder: Path, run: str) -> list[dict]:
+    return [row for row in RunDir.open(folder / "runs" / f"llama_fsdp-{run}").metrics() if row["kind"] == "train"]
+
+
+def numbers(rows: list[dict]) -> list[tuple]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["data_hash"], row["tokens_seen"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> list[dict]:
+    done = command.run(*words("undisturbed"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return train_rows(folder, "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def killed_run(folder: Path) -> str:
+    """Kills every process of a run with SIGKILL at a random step after its first checkpoint."""
+    process = command.start(*words("killed"), cwd=folder)
+    metrics = folder / "runs/llama_fsdp-killed/attempts/0001/metrics.jsonl"
+    kill_at = random.randrange(5, STEPS - 4)
+    deadline = time.monotonic() + 120
+    while (len(metrics.read_text().splitlines()) if metrics.exists() else 0) < kill_at:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(family) >= 4  # command, supervisor, two ranks
+    for member in family:
+        os.kill(member.pid, signal.SIGKILL)
+    process.communicate()
+    shutil.copytree(folder / "runs/llama_fsdp-killed", folder / "runs/llama_fsdp-smaller")
+    return "killed"
+
+
+@pytest.mark.cluster
+def test_after_sigkill_of_everything_the_curve_is_bit_identical(folder: Path, undisturbed: list[dict], killed_run: str) -> None:
+    done = command.run(*words(killed_run), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    run = RunDir.open(folder / "runs/llama_fsdp-killed")
+    resumed_at = next(event["step"] for event in run.last_attempt().events() if event["event"] == "resume")
+    assert 4 <= resumed_at < STEPS
+    assert numbers(train_rows(folder, killed_run)) == numbers(undisturbed)
+
+
+@pytest.mark.cluster
+def test_resume_at_other_world_size_sees_same_batches(folder: Path, undisturbed: list[dict], killed_run: str) -> None:
+    done = command.run(*words("smaller", "parallel=single", "launcher.tasks_per_node=1"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = train_rows(folder, "smaller")
+    assert [row["data_hash"] for row in found] == [row["data_hash"] for row in undisturbed]
+    worst = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(undisturbed, found, strict=True))
+    assert worst <= 1e-5
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("signum", "code", "outcome"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "preempted")])
+def test_a_signal_saves_and_the_same_command_continues(folder: Path, signum: int, code: int, outcome: str) -> None:
+    name = f"signal{int(signum)}"
+    # Long enough that the signal always comes in the middle.
+    more = ("train.steps=100000", "checkpoint.every_steps=100000", "optim.schedule=constant")
+    process = command.start(*words(name, *more), cwd=folder)
+    metrics = folder / f"runs/llama_fsdp-{name}/attempts/0001/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (len(metrics.read_text().splitlines()) if metrics.exists() else 0) < 6:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, out + err
+    run = RunDir.open(folder / f"runs/llama_fsdp-{name}")
+    verdict = run.last_attempt().verdict()
+    assert verdict.outcome == outcome
+    assert verdict.step >= 6
+    assert (run.checkpoints / f"step-{verdict.step:08d}" / "MANIFEST.json").is_file()
+    done = command.run(*words(name, *more, f"train.steps={verdict.step + 2}"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    steps = [row["step"] for row in train_rows(folder, name)]
+    assert steps == list(range(1, verdict.step + 3))

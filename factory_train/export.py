@@ -46,7 +46,7 @@ def export_run(run: RunDir, *, step: int | None = None, out: Path | None = None,
         {
             "format_version": EXPORT_FORMAT_VERSION,
             "run": run.name,
-            "step": reader.step,
+            "step": reader.manifest.step,
             "dtype": dtype,
             "data_id": manifest.id,
             "sha256": files,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import socket
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from factory_train.errors import ConfigError, ExitCode, FactoryTrainError, FencedError
 from factory_train.launchers.job import STAGES, WorkerEnv
+from factory_train.launchers.lifeline import end_with_launcher
 from factory_train.preemption import StopSignal
 from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     env = WorkerEnv.from_environ()
     attempt = env.open_attempt()
     if env.lifeline:
-        _end_with_launcher()
+        end_with_launcher()
     _beat(attempt.heartbeat_path(env.rank))
     try:
         cfg = attempt.config()
@@ -82,20 +82,6 @@ def _hint(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename:
         return f"check that {error.filename} can be written and that its disk is not full"
     return None
-
-
-def _end_with_launcher() -> None:
-    """Ends this process and what it started when the launcher's end of our standard input closes.
-
-    However the launcher died, no rank outlives it. A launcher whose scheduler sees to this leaves `lifeline` unset.
-    """
-
-    def watch() -> None:
-        while os.read(0, 1):
-            pass
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 def _beat(path: Path) -> None:

@@ -245,6 +245,34 @@ def _all_damaged(run: RunDir, notes: Sequence[str]) -> IntegrityError:
     )
 
 
+def open_checkpoint(run: RunDir, step: int | None = None) -> CheckpointReader:
+    """Opens one checkpoint of a run for reading in one process, its weights verified.
+
+    Args:
+        step: which one; None is the newest that verifies.
+
+    Raises:
+        NotFoundError: the run has no checkpoint, or none of that step.
+        IntegrityError: every candidate is damaged.
+    """
+    found = [info for info in list_checkpoints(run) if step is None or info.step == step]
+    if not found:
+        steps = ", ".join(str(info.step) for info in list_checkpoints(run))
+        what = "the run has no checkpoint yet" if not steps else f"the run has no checkpoint of step {step}"
+        raise NotFoundError(what, where=run.name, fix=f"step= one of {steps}" if steps else "train it first")
+    damage: IntegrityError | None = None
+    for info in found:
+        try:
+            reader = CheckpointReader(info.path)
+            reader.verify(sections=["weights"])
+        except IntegrityError as error:
+            damage = damage or error
+            continue
+        return reader
+    assert damage is not None
+    raise damage
+
+
 def _open_and_load(path: Path, entries: Sequence[TensorEntry], sections: Collection[str] | None, ranks: Ranks) -> LoadedState:
     opened: list[CheckpointReader] = []
     ranks.agree("opening a checkpoint", lambda: opened.append(CheckpointReader(path)))

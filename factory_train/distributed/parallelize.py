@@ -1,9 +1,10 @@
 """How a model is spread over ranks: the one place that states the order."""
 
-from __future__ import annotations
+# No postponed annotations here: DDP compares those of a communication hook with the classes themselves.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -96,7 +97,11 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, cfg: Config, device: torch.d
     autocast = compute if compute != params else None
     if cfg.parallel.strategy == "single":
         return ParallelModel(model, model, 1, autocast)
-    ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # Buffers are computed alike on every rank; torch 2.13 renamed the switch that stops sending them at every forward pass.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    no_buffer_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    devices = [device] if device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **no_buffer_sync)
     ddp.register_comm_hook(None, _sum_gradients)
     return ParallelModel(model, ddp, mesh.size(), autocast)
 

@@ -107,7 +107,7 @@ def evaluate_run(run: RunDir, step: int | None = None) -> Evaluation:
     continuation = generate(model, prompt, cfg.evaluation.sample_tokens, max_seq_len=cfg.train.seq_len)[len(prompt) :]
     evaluation = Evaluation(
         format_version=EVALUATION_FORMAT_VERSION,
-        step=reader.step,
+        step=reader.manifest.step,
         checkpoint=reader.path.name,
         loss=loss,
         bits_per_byte=manifest.bits_per_byte(loss),

@@ -1,0 +1,76 @@
+"""Four processes that stay alive over a test module and form gloo worlds of 1, 2 or 4 ranks as tests ask.
+
+Importing torch takes longer than any of these tests, so it is done once a process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 60.0
+
+
+class RankPool:
+    """Args: folder: for rendezvous files."""
+
+    def __init__(self, folder: Path, size: int = 4) -> None:
+        self._folder, self._worlds = folder, 0
+        context = multiprocessing.get_context("spawn")
+        os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        pairs = [context.Pipe() for _ in range(size)]
+        self._connections = [mine for mine, _ in pairs]
+        self._processes = [context.Process(target=_serve, args=(theirs,), daemon=True) for _, theirs in pairs]
+        for process in self._processes:
+            process.start()
+
+    def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
+        """Calls `task(rank, world_size, *args)` in a new world; returns the results in order of rank.
+
+        Raises:
+            AssertionError: a rank raised, or did not answer within `TIMEOUT_S`.
+        """
+        self._worlds += 1
+        members = self._connections[:world_size]
+        for rank, connection in enumerate(members):
+            connection.send((str(self._folder / f"world-{self._worlds}"), rank, world_size, task, args))
+        answers = []
+        for rank, connection in enumerate(members):
+            assert connection.poll(TIMEOUT_S), f"rank {rank} hangs"
+            answers.append(connection.recv())
+        for rank, (error, _) in enumerate(answers):
+            assert error is None, f"rank {rank}: {error}"
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rendezvous, rank, world_size, task, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            store = dist.FileStore(rendezvous, world_size)
+            timeout = datetime.timedelta(seconds=TIMEOUT_S / 2)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+            answer = None, task(rank, world_size, *args)
+        except BaseException:
+            answer = traceback.format_exc(), None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        connection.send(answer)

@@ -6,6 +6,7 @@ Importing torch takes longer than any of these tests, so it is done once a proce
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import os
 import traceback
@@ -73,4 +74,6 @@ def _serve(connection: Connection) -> None:
             answer = traceback.format_exc(), None
         if dist.is_initialized():
             dist.destroy_process_group()
+        # Modules in reference cycles would keep a mesh, and with it the sockets its peers wait on.
+        gc.collect()
         connection.send(answer)

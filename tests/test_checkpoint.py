@@ -22,7 +22,8 @@ from rank_pool import RankPool
 from factory_train.checkpoint.catalog import list_checkpoints
 from factory_train.checkpoint.files import DurableFiles
 from factory_train.checkpoint.format import Manifest, canonical_json, spread, tiling_problem
-from factory_train.checkpoint.load import CheckpointReader, load_checkpoint, load_newest, open_checkpoint
+from factory_train.checkpoint.load import load_checkpoint, load_newest
+from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
 from factory_train.checkpoint.save import TensorEntry, choose_writes
 from factory_train.checkpoint.verify import verify_files
 from factory_train.config import Config
@@ -143,7 +144,8 @@ def test_each_element_is_on_disk_once_and_the_work_is_shared(saved_by: dict[str,
     assert {path.name: path.stat().st_size for path in folder.glob("*.safetensors")} == {
         name: record.bytes for name, record in files.items()
     }
-    assert len(files) == ranks.STRATEGIES[strategy]
+    # Of nine rows over four FSDP2 ranks the last gets none; a rank with nothing to write has no file.
+    assert len(files) == (3 if strategy == "fsdp4" else ranks.STRATEGIES[strategy])
     if strategy.startswith("ddp"):
         # Copies divide the work evenly; shards are what they are.
         data = [record.bytes - record.head_bytes for record in files.values()]
@@ -266,6 +268,7 @@ def test_a_crash_at_any_point_leaves_the_old_checkpoint_or_the_new_one_whole(tmp
         assert [info.step for info in list_checkpoints(run)] == [4, 3 if crash_at >= committed else 2]
         assert len(names(run)) == 3
         shutil.rmtree(run.path)
+    print(f"{len(points)} points of a save tried")
 
 
 @pytest.mark.cluster

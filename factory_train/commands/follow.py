@@ -29,6 +29,9 @@ def follow(started: Started, received: Sequence[int]) -> int:
     while not started.handle.wait(_POLL_S):
         for signum in received[passed_on:]:
             started.handle.signal(signum)
+            with _ignoring_a_lost_reader():
+                # The answer goes below the live line, not into it.
+                view.close()
             print(_answer(signum, first=passed_on == 0), file=sys.stderr, flush=True)
             passed_on += 1
         with _ignoring_a_lost_reader():

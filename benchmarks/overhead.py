@@ -63,7 +63,9 @@ def main() -> None:
     ratios = [a / b for a, b in zip(ours, bare, strict=True)]
     print(f"trainer {statistics.median(ours) * 1e3:8.2f} ms/step   bare loop {statistics.median(bare) * 1e3:8.2f} ms/step")
     print(f"ratio   {statistics.median(ours) / statistics.median(bare):.4f} of medians; pairwise median {statistics.median(ratios):.4f},")
-    print(f"        min {min(ratios):.4f}, max {max(ratios):.4f} over {blocks} blocks of {steps} steps; torch {torch.__version__}, {device}")
+    print(
+        f"        min {min(ratios):.4f}, max {max(ratios):.4f} over {blocks} blocks of {steps} steps; torch {torch.__version__}, {device}"
+    )
 
 
 def compare(trainer: Trainer, device: torch.device, steps: int, blocks: int) -> tuple[list[float], list[float]]:

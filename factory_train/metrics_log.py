@@ -19,7 +19,8 @@ class MetricsLog:
     """
 
     def __init__(self, attempt: Attempt, *, enabled: bool) -> None:
-        self._file = open(attempt.metrics_path, "a", buffering=1) if enabled else None
+        # Line-buffered, so that a row is there for readers as soon as it is written.
+        self._file = open(attempt.metrics_path, "a", buffering=1) if enabled else None  # noqa: SIM115 (closed by close)
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Writes one row.

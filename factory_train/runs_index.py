@@ -64,12 +64,15 @@ def find_run(text: str, root: Path | None = None) -> RunDir:
     names: list[str] = []
     for folder in [first, *(known for known in known_roots() if known != first)]:
         runs = all_runs(folder)
-        exact = [run for run in runs if text in (run.name, run.id)]
+        # By the folder's name, not the id inside: a copied run directory has a name of its own.
+        exact = [run for run in runs if run.name == text or run.name.endswith(f"-{text}")]
         found = exact or [run for run in runs if run.name.endswith(text)]
         if len(found) == 1:
             return found[0]
         if found:
-            raise ConfigError(f"several runs end in '{text}': {', '.join(run.name for run in found)}", where=str(folder), fix="use a full name")
+            raise ConfigError(
+                f"several runs end in '{text}': {', '.join(run.name for run in found)}", where=str(folder), fix="use a full name"
+            )
         names += [run.name for run in runs]
     guess = did_you_mean(text, names)
     raise NotFoundError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -258,9 +257,9 @@ class Trainer:
             return
         if loaded.state["data_id"] != self.manifest.id:
             raise ConfigError(
-                f"checkpoint {loaded.path.name} was trained on data {loaded.state['data_id'][:12]}, but the data is now {self.manifest.id[:12]}",
+                f"{loaded.path.name} was trained on data {loaded.state['data_id']}, but the data is now {self.manifest.id}",
                 where="data",
-                fix="start a new run (drop run=...), or bring back the data and the Python version it was prepared with",
+                fix="start a new run (drop run=...), or bring back the data it was trained on",
             )
         self.step = loaded.state["step"]
         self.tokens_seen = loaded.state["tokens_seen"]

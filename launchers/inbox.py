@@ -47,7 +47,9 @@ class Inbox:
     @property
     def why(self) -> str:
         """What asked to stop."""
-        return "the process that submitted the job is gone" if self._gone_after == 0 else f"{signal.Signals(self.received[0]).name} received"
+        return (
+            "the process that submitted the job is gone" if self._gone_after == 0 else f"{signal.Signals(self.received[0]).name} received"
+        )
 
     @property
     def at_once(self) -> signal.Signals | None:

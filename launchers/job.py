@@ -64,7 +64,7 @@ class WorkerEnv:
         found = {name: environ.get(_PREFIX + name.upper()) for name in names}
         if found["run_dir"] is None:
             raise KeyError(_PREFIX + "RUN_DIR")
-        return WorkerEnv(**{name: types.get(name, int)(value) for name, value in found.items() if value is not None})  # type: ignore[arg-type]
+        return WorkerEnv(**{name: types.get(name, int)(value) for name, value in found.items() if value is not None})
 
     def open_attempt(self) -> Attempt:
         return Attempt(RunDir.open(Path(self.run_dir)), self.attempt)

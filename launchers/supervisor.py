@@ -99,7 +99,11 @@ class Supervisor:
             if self._inbox.at_once:
                 self._end(running, "asked to end at once")
                 code = ExitCode.INTERRUPTED if self._inbox.at_once == signal.SIGINT else ExitCode.FAILED
-                return End("killed", code, f"ended at once by a second {signal_name(self._inbox.at_once)}; what followed the last checkpoint is lost")
+                return End(
+                    "killed",
+                    code,
+                    f"ended at once by a second {signal_name(self._inbox.at_once)}; what followed the last checkpoint is lost",
+                )
             if self._inbox.stop is not None and forwarded is None:
                 forwarded = self._inbox.stop
                 self._note("signal", signal=signal_name(forwarded), reason=self._inbox.why, stage=stage)
@@ -120,7 +124,11 @@ class Supervisor:
             elif ended and running and late is None and failed is None:
                 names = ", ".join(child.name for child in running)
                 limit = now + grace_s
-                late = End("failed-transient", ExitCode.FAILED, f"{names} did not end within launcher.grace_s={grace_s:g} after {ended[0].name} had")
+                late = End(
+                    "failed-transient",
+                    ExitCode.FAILED,
+                    f"{names} did not end within launcher.grace_s={grace_s:g} after {ended[0].name} had",
+                )
             if not running:
                 break
             if now >= limit:
@@ -234,7 +242,10 @@ class Supervisor:
         while self._tracker.running and time.monotonic() < limit and not self._inbox.at_once and len(self._inbox.received) == asked:
             self._inbox.wait(min(1.0, limit - time.monotonic()))
         if self._tracker.running:
-            self._note("tracker-ended", reason=f"still sending after {self._job['tracker_grace_s']:g} s; python -m factory_train sync sends the rest")
+            self._note(
+                "tracker-ended",
+                reason=f"still sending after {self._job['tracker_grace_s']:g} s; python -m factory_train sync sends the rest",
+            )
         self._collect([])
 
     def _beat_heart(self) -> None:

@@ -86,7 +86,9 @@ def test_stages_run_in_order_and_the_supervisor_says_done(submit: Callable[..., 
     assert handle.attempt.error() is None
 
 
-def test_a_job_started_elsewhere_uninstalled_runs_this_package(submit: Callable[..., LocalHandle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_started_elsewhere_uninstalled_runs_this_package(
+    submit: Callable[..., LocalHandle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A stray package of the same name in the working folder must not be picked up.
     (tmp_path / "elsewhere" / "factory_train").mkdir(parents=True)
     (tmp_path / "elsewhere" / "factory_train" / "__init__.py").write_text("raise SystemExit('the wrong package')")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,11 +80,11 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, cfg: Config, device: torch.d
     """
     params, compute = getattr(torch, cfg.precision.params), getattr(torch, cfg.precision.compute)
     model.to(params)
-    layers: list[nn.Module] = list(model.layers)  # type: ignore[arg-type]
+    layers = list(model.get_submodule("layers").children())
     if cfg.parallel.activation_checkpoint == "full":
         for layer in layers:
             # Wrapping the method instead of the module keeps parameter names as they are.
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if cfg.parallel.compile:
         for layer in layers:
             layer.compile()
@@ -99,7 +100,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, cfg: Config, device: torch.d
         return ParallelModel(model, model, 1, autocast)
     # Buffers are computed alike on every rank; torch 2.13 renamed the switch that stops sending them at every forward pass.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    no_buffer_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    no_buffer_sync: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     devices = [device] if device.type == "cuda" else None
     ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **no_buffer_sync)
     ddp.register_comm_hook(None, _sum_gradients)

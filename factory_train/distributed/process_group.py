@@ -7,6 +7,7 @@ import datetime
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ def _connect(env: WorkerEnv, rendezvous: Path, timeout: datetime.timedelta) -> d
         storage.write_json(rendezvous, {"host": env.master_addr, "port": store.port})
         return store
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    address = {"host": env.master_addr, "port": env.master_port} if env.master_port else None
+    address: dict[str, Any] | None = {"host": env.master_addr, "port": env.master_port} if env.master_port else None
     while address is None:
         if time.monotonic() > deadline:
             raise FactoryTrainError(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from factory_train import storage
 from factory_train.checkpoint.load import CheckpointReader, open_checkpoint
@@ -23,6 +22,7 @@ from factory_train.errors import NotFoundError
 from factory_train.loss import summed_cross_entropy
 from factory_train.models.build import build_model
 from factory_train.models.generate import generate
+from factory_train.models.language_model import LanguageModel
 from factory_train.run_dir import RunDir
 
 EVALUATION_FORMAT_VERSION = 1
@@ -63,12 +63,12 @@ def run_config(run: RunDir) -> Config:
     return attempt.config()
 
 
-def load_model(cfg: Config, manifest: DataManifest, reader: CheckpointReader, device: torch.device) -> nn.Module:
+def load_model(cfg: Config, manifest: DataManifest, reader: CheckpointReader, device: torch.device) -> LanguageModel:
     """Builds the model of a run in one process and fills it from a checkpoint's weights."""
     with torch.device("meta"):
         model = build_model(cfg.model, cfg.model.vocab_size or manifest.vocab_size)
     model.to(getattr(torch, cfg.precision.params)).to_empty(device=device)
-    model.init_buffers(device)  # type: ignore[operator]
+    model.init_buffers(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read("weights", name))

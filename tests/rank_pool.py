@@ -1,6 +1,6 @@
 """Four processes that stay alive over a test module and form gloo worlds of 1, 2 or 4 ranks as tests ask.
 
-Importing torch takes longer than any of these tests, so it is done once a process.
+Importing torch takes longer than any of these tests, so one process does it, and the ranks are forked from that.
 """
 
 from __future__ import annotations
@@ -9,27 +9,37 @@ import datetime
 import gc
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 TIMEOUT_S = 60.0
 
 
 class RankPool:
-    """Args: folder: for rendezvous files."""
+    """Processes that wait for tasks.
 
-    def __init__(self, folder: Path, size: int = 4) -> None:
+    Args:
+        folder: for rendezvous files.
+        preload: the module that holds the tasks.
+    """
+
+    def __init__(self, folder: Path, preload: str, size: int = 4) -> None:
         self._folder, self._worlds = folder, 0
-        context = multiprocessing.get_context("spawn")
-        os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([preload])
         pairs = [context.Pipe() for _ in range(size)]
         self._connections = [mine for mine, _ in pairs]
         self._processes = [context.Process(target=_serve, args=(theirs,), daemon=True) for _, theirs in pairs]
-        for process in self._processes:
-            process.start()
+        # The server that forks gets its environment when the first process starts.
+        settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with mock.patch.dict(os.environ, settings):
+            for process in self._processes:
+                process.start()
 
     def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
         """Calls `task(rank, world_size, *args)` in a new world; returns the results in order of rank.

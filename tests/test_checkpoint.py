@@ -34,7 +34,7 @@ from factory_train.run_dir import Attempt, RunDir
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    pool = RankPool(tmp_path_factory.mktemp("pool"))
+    pool = RankPool(tmp_path_factory.mktemp("pool"), "checkpoint_ranks")
     yield pool
     pool.close()
 

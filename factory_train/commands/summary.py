@@ -36,6 +36,11 @@ def shown(path: Path) -> str:
         return str(path)
 
 
+def evaluation_lines(evaluation: dict[str, Any]) -> list[str]:
+    """Returns the result of one evaluation, as the closing summary shows it."""
+    return [f"{name:<10}  {text}".rstrip() for name, text in _result(evaluation)]
+
+
 def _rows(attempt: Attempt) -> Iterator[tuple[str, str]]:
     run, verdict = attempt.run, attempt.verdict()
     state = f"{verdict.outcome}, step {verdict.step}" if verdict and verdict.step is not None else verdict.outcome if verdict else "unknown"

@@ -1,0 +1,73 @@
+"""`logs RUN`: what a rank or a stage printed, across attempts."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from factory_train.commands.arguments import ArgumentParser
+from factory_train.commands.run_words import add_words, the_run
+from factory_train.errors import NotFoundError
+from factory_train.run_dir import Attempt, RunDir
+from factory_train.tail import Follower
+
+_POLL_S = 0.3
+
+
+def main(argv: list[str]) -> int:
+    """Prints a log and, with -f, what comes after it; returns 0.
+
+    Raises:
+        NotFoundError: no such run, attempt or log.
+    """
+    parser = ArgumentParser("logs", "Prints the log of a rank or a stage.", "example: logs -f 7k2m9x --rank 1")
+    add_words(parser)
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends, through restarts")
+    parser.add_argument("--rank", type=int, default=0, help="which rank (0)")
+    parser.add_argument("--stage", choices=("prepare", "train", "finish", "sync"), default="train", help="which stage (train)")
+    parser.add_argument("--attempt", type=int, help="which attempt (the newest)")
+    arguments = parser.parse(argv)
+    run, _ = the_run("logs", arguments.words)
+    log = f"rank-{arguments.rank:05d}" if arguments.stage == "train" else arguments.stage
+    attempt = _attempt(run, arguments.attempt)
+    try:
+        return _follow(run, attempt, log) if arguments.follow else _print(attempt, log)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _attempt(run: RunDir, number: int | None) -> Attempt:
+    numbers = run.attempt_numbers()
+    if not numbers or (number is not None and number not in numbers):
+        known = ", ".join(map(str, numbers)) or "none"
+        raise NotFoundError(f"no attempt {number}" if numbers else "the run was never started", where=run.name, fix=f"attempts: {known}")
+    return Attempt(run, number or numbers[-1])
+
+
+def _print(attempt: Attempt, log: str) -> int:
+    path = attempt.log_path(log)
+    if not path.is_file():
+        there = sorted(entry.stem for entry in path.parent.glob("*.log"))
+        raise NotFoundError(
+            f"no log '{log}' in attempt {attempt.number}", where=attempt.run.name, fix=f"there is: {', '.join(there) or 'none'}"
+        )
+    sys.stdout.write(path.read_text(errors="replace"))
+    return 0
+
+
+def _follow(run: RunDir, attempt: Attempt, log: str) -> int:
+    while True:
+        follower = Follower(attempt.log_path(log))
+        while True:
+            # Asked before reading: what is written until the verdict is read after it.
+            ended = attempt.verdict() is not None or not attempt.is_newest() or not run.is_alive()
+            sys.stdout.write(follower.read().decode(errors="replace"))
+            sys.stdout.flush()
+            if ended:
+                break
+            time.sleep(_POLL_S)
+        newest = run.last_attempt()
+        if newest is None or newest.number == attempt.number:
+            return 0
+        attempt = newest
+        print(f"--- attempt {attempt.number} ---", flush=True)

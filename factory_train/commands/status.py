@@ -1,0 +1,179 @@
+"""`status [RUN]`: what runs are doing, read from their directories alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from factory_train import storage
+from factory_train.checkpoint.catalog import list_checkpoints
+from factory_train.commands.arguments import ArgumentParser
+from factory_train.commands.run_words import add_words, split_words
+from factory_train.console import failure_lines
+from factory_train.errors import ConfigError
+from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
+from factory_train.runs_index import all_runs, find_run, runs_root
+from factory_train.units import format_count, format_duration
+
+WATCH_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What one run directory says.
+
+    Args:
+        state: created, preparing, running, finishing, done, preempted, interrupted, failed, killed, or lost (it ended
+            without a verdict).
+        steps: length of the run.
+        heartbeat_age_s: seconds since any of its processes was last known to live.
+        failure: the first failure, a line each for what, who, fix and log.
+    """
+
+    name: str
+    recipe: str
+    path: str
+    state: str
+    attempt: int
+    step: int
+    steps: int
+    loss: float | None = None
+    validation_loss: float | None = None
+    tokens_per_s: float | None = None
+    checkpoint: str | None = None
+    checkpoint_age_s: float | None = None
+    heartbeat_age_s: float | None = None
+    reason: str | None = None
+    failure: tuple[str, ...] = ()
+
+
+def run_status(run: RunDir) -> RunStatus:
+    """Returns the status of a run, wherever its directory is."""
+    info, attempt = run.info(), run.last_attempt()
+    if attempt is None:
+        return RunStatus(run.name, info["recipe"], str(run.path), "created", 0, 0, 0)
+    rows = run.metrics()
+    train = next((row for row in reversed(rows) if row["kind"] == "train"), None)
+    validation = next((row for row in reversed(rows) if row["kind"] == "validation"), None)
+    state = _state(run, attempt)
+    checkpoints, beat, verdict = list_checkpoints(run), attempt.last_heartbeat(), attempt.verdict()
+    failed = state in ("failed", "killed", "lost")
+    return RunStatus(
+        name=run.name,
+        recipe=info["recipe"],
+        path=str(run.path),
+        state=state,
+        attempt=attempt.number,
+        step=train["step"] if train else 0,
+        steps=attempt.config().train.steps,
+        loss=train["loss"] if train else None,
+        validation_loss=validation["loss"] if validation else None,
+        tokens_per_s=train["tokens_per_s"] if train else None,
+        checkpoint=checkpoints[0].path.name if checkpoints else None,
+        checkpoint_age_s=time.time() - checkpoints[0].path.stat().st_mtime if checkpoints else None,
+        heartbeat_age_s=time.time() - beat if beat else None,
+        reason=verdict.reason if verdict else None,
+        failure=tuple(failure_lines(attempt)) if failed else (),
+    )
+
+
+def _state(run: RunDir, attempt: Attempt) -> str:
+    verdict = attempt.verdict()
+    if verdict is not None:
+        return verdict.outcome.partition("-")[0]
+    beat = attempt.last_heartbeat()
+    just_beat = beat is not None and time.time() - beat < HEARTBEAT_STALE_S
+    if not run.is_alive() and not (just_beat and storage.read_json(attempt.job_path) is None):
+        return "lost"
+    kinds = [event["event"] for event in attempt.events()]
+    if "finish" in kinds:
+        return "finishing"
+    return "running" if attempt.metrics_path.exists() else "preparing"
+
+
+def main(argv: list[str]) -> int:
+    """Shows one run, or all of the runs root; returns 0.
+
+    Raises:
+        NotFoundError: there is no such run.
+    """
+    parser = ArgumentParser("status", "Shows what runs are doing; reads their directories and nothing else.")
+    add_words(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
+    arguments = parser.parse(argv)
+    name, settings = split_words("status", arguments.words, ())
+    root = runs_root(settings.get("runs_root"))
+    if arguments.json and arguments.watch:
+        raise ConfigError("--json shows one moment", where="status", fix="leave out --watch")
+    try:
+        while True:
+            found = [run_status(find_run(name, root))] if name else [run_status(run) for run in all_runs(root)]
+            if arguments.json:
+                print(json.dumps([dataclasses.asdict(status) for status in found], indent=2))
+            else:
+                if arguments.watch and sys.stdout.isatty():
+                    print("\x1b[2J\x1b[H", end="")
+                print("\n".join(_details(found[0]) if name else _table(found) if found else [f"no runs in {root}"]), flush=True)
+            if not arguments.watch:
+                return 0
+            time.sleep(WATCH_EVERY_S)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _table(found: list[RunStatus]) -> list[str]:
+    header = ("RUN", "STATE", "TRY", "STEP", "LOSS", "VAL", "TOK/S", "CHECKPOINT", "AGE")
+    rows = [header, *(_row(status) for status in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    # A failure is worth a line of its own: the first rank that failed, not the last.
+    for index, status in reversed(list(enumerate(found, start=1))):
+        if status.failure:
+            lines.insert(index + 1, f"  {status.failure[0]}")
+    return lines
+
+
+def _row(status: RunStatus) -> tuple[str, ...]:
+    return (
+        status.name,
+        status.state.upper(),
+        str(status.attempt),
+        f"{status.step}/{status.steps}",
+        _figure(status.loss),
+        _figure(status.validation_loss),
+        format_count(status.tokens_per_s) if status.tokens_per_s else "-",
+        status.checkpoint or "-",
+        f"{format_duration(status.checkpoint_age_s)} ago" if status.checkpoint_age_s is not None else "-",
+    )
+
+
+def _details(status: RunStatus) -> list[str]:
+    facts: list[tuple[str, Any]] = [
+        ("run", status.name),
+        ("folder", status.path),
+        ("state", f"{status.state}, attempt {status.attempt}" + (f": {status.reason}" if status.reason else "")),
+        ("step", f"{status.step} of {status.steps}"),
+        ("loss", f"{_figure(status.loss)} training, {_figure(status.validation_loss)} validation"),
+        ("speed", f"{format_count(status.tokens_per_s)} tokens/s" if status.tokens_per_s else None),
+        ("checkpoint", f"{status.checkpoint}, {format_duration(status.checkpoint_age_s or 0)} ago" if status.checkpoint else "none yet"),
+        ("alive", f"{format_duration(status.heartbeat_age_s)} ago" if status.heartbeat_age_s is not None else None),
+        ("next", _next(status)),
+    ]
+    return [f"{name:<10}  {value}" for name, value in facts if value is not None] + list(status.failure)
+
+
+def _next(status: RunStatus) -> str:
+    name = shlex.quote(status.name)
+    if status.state in ("preparing", "running", "finishing"):
+        return f"python -m factory_train logs -f {name}"
+    return f"python -m factory_train {'evaluate' if status.state == 'done' else 'resume'} {name}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -96,7 +96,7 @@ def test_dry_run_shows_the_plan_writes_nothing_and_imports_nothing_heavy(folder:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     for text in (
-        "600 steps",
+        "560 steps",
         "2 ranks",
         "model=llama_small",
         "optim.lr: 0.004 -> 0.01",

@@ -20,7 +20,9 @@ def prepare(cfg: Config, attempt: Attempt) -> ExitCode:
     manifest = DataManifest.load(dataset)
     check_length(manifest, cfg.train.seq_len)
     check_vocabulary(manifest, cfg.model.vocab_size)
-    copy_for_run(dataset, run.data, max_validation_tokens=cfg.train.validation_rows * cfg.train.seq_len + 1)
+    # Whole rows and the last target: model and baselines are then judged on the very same tokens.
+    rows = min(cfg.train.validation_rows, (manifest.splits["validation"].num_tokens - 1) // cfg.train.seq_len)
+    copy_for_run(dataset, run.data, max_validation_tokens=rows * cfg.train.seq_len + 1)
     return ExitCode.OK
 
 
@@ -39,6 +41,8 @@ def train(cfg: Config, attempt: Attempt, env: WorkerEnv, stop: StopSignal) -> Ex
     if dataset is None:
         raise DataError("the prepared data has gone", fix="start again with the same run=: the prepare stage makes it anew")
     manifest = DataManifest.load(attempt.run.data)
+    # What was started counts, not what this process sees: a launcher may show each rank one card only.
+    cfg.launcher.nodes, cfg.launcher.tasks_per_node = env.world_size // env.local_world_size, env.local_world_size
     plan = make_plan(cfg, cfg.model.vocab_size or manifest.vocab_size, detect(cfg.hardware), vocab_exact=True)
     device = choose_device(cfg.hardware.device, env.local_rank)
     with process_group(env, attempt.path / "rendezvous.json", device):

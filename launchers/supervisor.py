@@ -165,6 +165,7 @@ class Supervisor:
                 local_rank=rank,
                 world_size=size,
                 local_world_size=size,
+                lifeline=1,
             )
             environ = child_environ(os.environ, self._job["environ"], worker, one_machine=True)
             children.append(Child.start(name, rank, self._job["worker_module"], [stage], environ, self._attempt.log_path(name)))

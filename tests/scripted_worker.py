@@ -23,7 +23,8 @@ def main() -> int:
     stage = sys.argv[1]
     env = WorkerEnv.from_environ()
     attempt = env.open_attempt()
-    end_with_launcher()
+    if env.lifeline:
+        end_with_launcher()
     script = json.loads(os.environ.get("SCRIPT", "{}"))
     action = script.get(f"{stage}:{env.rank}" if stage == "train" else stage, "ok")
     stops: list[int] = []

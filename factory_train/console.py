@@ -7,6 +7,7 @@ import shutil
 import sys
 from typing import Any, TextIO
 
+from factory_train import errors
 from factory_train.run_dir import Attempt
 from factory_train.tail import Follower
 from factory_train.units import format_bytes, format_count, format_duration
@@ -117,12 +118,21 @@ def failure_lines(attempt: Attempt) -> list[str]:
         return [f"error: {verdict.reason if verdict else 'the run ended without a verdict'}", f"  log: {attempt.path / 'logs'}"]
     stage = error.get("stage", "train")
     who = f"rank {error['rank']} on {error['host']}" if stage == "train" else f"{stage} stage on {error['host']}"
-    where = f"{error['where']}: " if error.get("where") else ""
-    lines = [f"error: {where}{error['message']}", f"  {'first failure' if stage == 'train' else 'in'}: {who}"]
+    lines = [f"error: {_what(error)}", f"  {'first failure' if stage == 'train' else 'in'}: {who}"]
     if error.get("hint"):
         lines.append(f"  fix: {error['hint']}")
     name = f"rank-{error['rank']:05d}" if stage == "train" else stage
     return [*lines, f"  log: {attempt.log_path(name)}"]
+
+
+def _what(error: dict[str, Any]) -> str:
+    """Returns the message; an error of Python's own needs its type to mean anything (KeyError: 'x')."""
+    first, *rest = (error.get("message") or "").strip().splitlines() or [""]
+    kind = error.get("type")
+    is_ours = kind is None or hasattr(errors, kind)
+    where = f"{error['where']}: " if error.get("where") else ""
+    # The log has the rest of a message that goes on and on, as those of CUDA and NCCL do.
+    return where + (first if is_ours else f"{kind}: {first}".removesuffix(": ")) + (" ..." if rest else "")
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 from factory_train import storage
 from factory_train.errors import ConfigError, NotFoundError, did_you_mean
@@ -25,10 +25,15 @@ def index_path() -> Path:
 def known_roots() -> list[Path]:
     """Returns the runs folders this person has used that are still there, the latest first."""
     try:
-        roots = storage.read_json(index_path()) or []
-    except (OSError, json.JSONDecodeError):
+        roots = storage.read_json(index_path())
+    except (OSError, ValueError):
         return []
-    return [Path(root) for root in roots if Path(root).is_dir()]
+    # A file that somebody has edited must not keep a run from starting.
+    return [Path(root) for root in roots if Path(root).is_dir()] if _is_list_of_text(roots) else []
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def remember_root(root: Path) -> None:
@@ -45,7 +50,15 @@ def all_runs(root: Path) -> list[RunDir]:
     if not root.is_dir():
         return []
     runs = [RunDir(entry.absolute()) for entry in root.iterdir() if (entry / "run.json").is_file()]
-    return sorted(runs, key=lambda run: run.info()["created"])
+    return sorted(runs, key=_created)
+
+
+def _created(run: RunDir) -> float:
+    try:
+        return float(run.info()["created"])
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        # One broken run.json must not hide the runs beside it.
+        return 0.0
 
 
 def find_run(text: str, root: Path | None = None) -> RunDir:

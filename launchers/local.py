@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from factory_train import storage
-from factory_train.errors import ConfigError, PreflightError, UnavailableError
+from factory_train.errors import ConfigError, ExitCode, PreflightError, UnavailableError
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import END_SIGNAL
 from factory_train.launchers.job import STAGES, JobSpec
@@ -44,7 +44,9 @@ class LocalHandle:
     @property
     def exit_code(self) -> int | None:
         """What the supervisor exited with, known to the submitter alone; others read the verdict."""
-        return self.process.poll() if self.process else None
+        code = self.process.poll() if self.process else None
+        # A supervisor that was killed has no exit code of its own to pass on.
+        return ExitCode.FAILED if code is not None and code < 0 else code
 
     def to_json(self) -> dict[str, Any]:
         return self.job

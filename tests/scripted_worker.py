@@ -46,7 +46,8 @@ def _act(action: str, stops: list[int], env: WorkerEnv) -> int:
             for step in range(1, int(PATIENCE_S * 50)):
                 if env.rank == 0:
                     with open(attempt.metrics_path, "a") as file:
-                        file.write(json.dumps({"kind": "train", "step": step, "time": time.time(), "loss": 4.0}) + "\n")
+                        row = {"kind": "train", "step": step, "time": time.time(), "loss": 4.0, "tokens_per_s": 100.0}
+                        file.write(json.dumps(row) + "\n")
                 time.sleep(0.02)
                 if stops:
                     outcome, code = ("interrupted", 130) if stops[0] == signal.SIGINT else ("preempted", 75)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import time
 
@@ -58,10 +59,12 @@ def _print(attempt: Attempt, log: str) -> int:
 def _follow(run: RunDir, attempt: Attempt, log: str) -> int:
     while True:
         follower = Follower(attempt.log_path(log))
+        # A character may be cut in two by the end of what is there so far.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         while True:
             # Asked before reading: what is written until the verdict is read after it.
             ended = attempt.verdict() is not None or not attempt.is_newest() or not run.is_alive()
-            sys.stdout.write(follower.read().decode(errors="replace"))
+            sys.stdout.write(decoder.decode(follower.read()))
             sys.stdout.flush()
             if ended:
                 break

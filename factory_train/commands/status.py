@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from factory_train import storage
+from factory_train import storage, tail
 from factory_train.checkpoint.catalog import list_checkpoints
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.run_words import add_words, split_words
 from factory_train.console import failure_lines
-from factory_train.errors import ConfigError
+from factory_train.errors import ConfigError, FactoryTrainError
 from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
 from factory_train.runs_index import all_runs, find_run, runs_root
 from factory_train.units import format_count, format_duration
 
 WATCH_EVERY_S = 2.0
+_KINDS = ("train", "validation")
+# About ten thousand steps; a validation further back than that is not news.
+_TAIL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class RunStatus:
     """What one run directory says.
 
     Args:
-        state: created, preparing, running, finishing, done, preempted, interrupted, failed, killed, or lost (it ended
-            without a verdict).
+        state: created, preparing, running, finishing, done, preempted, interrupted, failed, killed, lost (it ended
+            without a verdict), or unreadable.
         steps: length of the run.
         heartbeat_age_s: seconds since any of its processes was last known to live.
         failure: the first failure, a line each for what, who, fix and log.
@@ -57,9 +61,8 @@ def run_status(run: RunDir) -> RunStatus:
     info, attempt = run.info(), run.last_attempt()
     if attempt is None:
         return RunStatus(run.name, info["recipe"], str(run.path), "created", 0, 0, 0)
-    rows = run.metrics()
-    train = next((row for row in reversed(rows) if row["kind"] == "train"), None)
-    validation = next((row for row in reversed(rows) if row["kind"] == "validation"), None)
+    newest = _newest_rows(run)
+    train, validation = newest.get("train"), newest.get("validation")
     state = _state(run, attempt)
     checkpoints, beat, verdict = list_checkpoints(run), attempt.last_heartbeat(), attempt.verdict()
     failed = state in ("failed", "killed", "lost")
@@ -80,6 +83,35 @@ def run_status(run: RunDir) -> RunStatus:
         reason=verdict.reason if verdict else None,
         failure=tuple(failure_lines(attempt)) if failed else (),
     )
+
+
+def _status_or_why_not(run: RunDir) -> RunStatus:
+    """Like `run_status`, but one run that cannot be read does not hide the others of a table."""
+    try:
+        return run_status(run)
+    except (FactoryTrainError, OSError, ValueError, KeyError, TypeError) as error:
+        what = f"cannot be read: {error}".splitlines()[0]
+        return RunStatus(run.name, "?", str(run.path), "unreadable", 0, 0, 0, reason=what, failure=(what,))
+
+
+def _newest_rows(run: RunDir) -> dict[str, dict[str, Any]]:
+    """Returns the newest metric row of each kind shown, read from the ends of the files: they grow for weeks.
+
+    Rows of earlier attempts count as far as the later ones did not go back behind them, as in `RunDir.metrics`.
+    """
+    newest: dict[str, dict[str, Any]] = {}
+    resumed_at = math.inf
+    for attempt in reversed(run.attempts()):
+        for line in tail.lines_backwards(attempt.metrics_path, _TAIL_BYTES):
+            # Most lines are of no interest, so they are not worth being parsed.
+            wanted = [kind for kind in _KINDS if kind not in newest and f'"kind": "{kind}"'.encode() in line]
+            if wanted and (row := json.loads(line))["step"] <= resumed_at:
+                newest[wanted[0]] = row
+            if len(newest) == len(_KINDS):
+                return newest
+        if start := tail.first_row(attempt.metrics_path):
+            resumed_at = min(resumed_at, start["step"])
+    return newest
 
 
 def _state(run: RunDir, attempt: Attempt) -> str:
@@ -113,7 +145,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--json shows one moment", where="status", fix="leave out --watch")
     try:
         while True:
-            found = [run_status(find_run(name, root))] if name else [run_status(run) for run in all_runs(root)]
+            found = [run_status(find_run(name, root))] if name else [_status_or_why_not(run) for run in all_runs(root)]
             if arguments.json:
                 print(json.dumps([dataclasses.asdict(status) for status in found], indent=2))
             else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from factory_train import storage
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.run_words import add_words, the_run
+from factory_train.errors import ConfigError
 from factory_train.launchers.by_name import launcher_named
 
 _REPORT_EVERY_S = 5.0
@@ -15,6 +18,7 @@ def main(argv: list[str]) -> int:
 
     Raises:
         NotFoundError: there is no such run.
+        ConfigError: the folder is a copy of that of a running job.
         UnavailableError: its job cannot be reached from here.
     """
     parser = ArgumentParser("stop", "Asks a run to save and stop, and waits for it.")
@@ -28,6 +32,9 @@ def main(argv: list[str]) -> int:
         print(f"{run.name} is not running" + (f": {verdict.outcome}, {verdict.reason}" if verdict else ""))
         return 0
     job = storage.read_json(attempt.job_path)
+    home = Path(job["run_dir"])
+    if not (home.is_dir() and run.path.samefile(home)):
+        raise ConfigError("this is a copy; the run itself goes on elsewhere", where=str(run.path), fix=f"stop {home} on {job['host']}")
     handle = launcher_named(job["launcher"]).attach(job)
     print(f"{run.name}: {'ending without saving' if arguments.now else 'saving, then stopping'}", flush=True)
     handle.cancel(now=arguments.now)
@@ -35,5 +42,6 @@ def main(argv: list[str]) -> int:
         print(f"{run.name}: still stopping", flush=True)
     verdict = attempt.verdict()
     print(f"{run.name}: {verdict.outcome}: {verdict.reason}" if verdict else f"{run.name}: ended without a verdict")
-    print(f"  to go on: python -m factory_train resume {run.name}")
+    if verdict is None or verdict.outcome != "done":
+        print(f"  to go on: python -m factory_train resume {run.name}")
     return 0

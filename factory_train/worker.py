@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from factory_train.errors import ConfigError, ExitCode, FactoryTrainError, FencedError
 from factory_train.launchers.job import STAGES, WorkerEnv
@@ -100,5 +101,17 @@ def _beat(path: Path) -> None:
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
 
 
+def run() -> NoReturn:
+    """Runs the stage and ends the process at once, with the exit code of the work it did.
+
+    Native threads of torch and gloo sometimes want the interpreter while it shuts down and then abort the process: a
+    rank that has done and saved everything would count as crashed.
+    """
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run()

@@ -16,6 +16,7 @@ import pytest
 
 from factory_train.config import Config
 from factory_train.errors import ConfigError, PreflightError, UnavailableError
+from factory_train.launchers.environment import import_environ
 from factory_train.launchers.job import Gang, JobSpec, WorkerEnv
 from factory_train.launchers.local import LocalHandle, LocalLauncher
 from factory_train.run_dir import Attempt, RunDir, process_started_at
@@ -238,6 +239,8 @@ def test_no_rank_outlives_a_killed_supervisor(submit: Callable[..., LocalHandle]
     until(lambda: gone(processes))
     assert handle.attempt.verdict() is None
     assert not handle.attempt.run.is_alive()
+    assert handle.wait(20)
+    assert handle.exit_code == 1
 
 
 def test_processes_a_dead_rank_started_are_ended_too(submit: Callable[..., LocalHandle]) -> None:
@@ -351,3 +354,9 @@ def test_a_worker_is_not_told_the_place_of_the_job_around_it() -> None:
     assert WorkerEnv.from_environ(environ) == inner
     assert environ["FACTORY_TRAIN_RUNS"] == "/runs"
     assert environ["MINE"] == "1"
+
+
+def test_a_rank_that_did_its_work_ends_well_whatever_happens_at_interpreter_shutdown() -> None:
+    """Seen once: a native thread of torch aborted a rank that had finished ("terminate called without an active exception")."""
+    program = "import atexit, os; from factory_train import worker; atexit.register(os.abort); worker.main = lambda argv: 75; worker.run()"
+    assert subprocess.run([sys.executable, "-c", program], env=os.environ | import_environ(os.environ)).returncode == 75

@@ -60,6 +60,7 @@ _NOT_NEGATIVE = (
     "optim.warmup_steps",
     "launcher.grace_s",
     "evaluation.sample_tokens",
+    "evaluation.temperature",
 )
 # Key: (lowest, highest, whether the bounds themselves are refused at each end).
 _RANGES = {

@@ -161,6 +161,7 @@ class EvaluationConfig:
 
     prompt: Optional[str] = setting(None, "start of the text sample; null takes the start of a validation document", safe=True)
     sample_tokens: int = setting(64, "tokens of the text sample", safe=True)
+    temperature: float = setting(0.7, "of the text sample: 0 takes the most likely token each time", safe=True)
     export_dtype: str = setting("float32", "number format of exported weights", choices=("float32", "bfloat16"), safe=True)
 
 

@@ -141,11 +141,24 @@ def _series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Returns the mean over a window around each value, about a fortieth of the run wide; a trailing mean would lag behind."""
+    """Returns the mean over a window around each value, about a fortieth of the run wide; a trailing mean would lag behind.
+
+    Where the window would reach beyond an end, the straight line through the last whole window stands in: a window
+    that shrank to a single value would end the curve in a spike.
+    """
     half = min(len(values) // 80, 50)
+    width = 2 * half + 1
     sums = [0.0, *itertools.accumulate(values)]
-    widths = (min(half, index, len(values) - 1 - index) for index in range(len(values)))
-    return [(sums[index + width + 1] - sums[index - width]) / (2 * width + 1) for index, width in enumerate(widths)]
+    middle = [(sums[start + width] - sums[start]) / width for start in range(len(values) - width + 1)]
+    return _line(values[:width])[:half] + middle + _line(values[-width:])[half + 1 :]
+
+
+def _line(values: list[float]) -> list[float]:
+    """Returns the least-squares straight line through values at even distances, at the same places."""
+    centre, mean = (len(values) - 1) / 2, sum(values) / max(1, len(values))
+    squares = sum((index - centre) ** 2 for index in range(len(values)))
+    slope = sum((index - centre) * value for index, value in enumerate(values)) / squares if squares else 0.0
+    return [mean + slope * (index - centre) for index in range(len(values))]
 
 
 def _thinned(x: list[int], y: list[float]) -> tuple[list[int], list[float]]:

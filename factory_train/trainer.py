@@ -14,7 +14,6 @@ from factory_train.checkpoint.save import TensorEntry, save_checkpoint
 from factory_train.config import Config
 from factory_train.data.loader import IGNORE_INDEX, Cursor, TokenLoader, validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
-from factory_train.data.prompt import sample_prompt
 from factory_train.data.shards import TokenStream
 from factory_train.data.tokenizer import Tokenizer
 from factory_train.distributed.box import local_box, local_tensor
@@ -26,11 +25,11 @@ from factory_train.launchers.job import WorkerEnv
 from factory_train.loss import summed_cross_entropy
 from factory_train.metrics_log import MetricsLog
 from factory_train.models.build import build_model
-from factory_train.models.generate import generate
 from factory_train.optim import build_optimizer
 from factory_train.plan import Plan
 from factory_train.preemption import StopSignal
 from factory_train.run_dir import Attempt
+from factory_train.sample import text_sample
 from factory_train.schedule import learning_rate
 from factory_train.throughput import Throughput
 
@@ -208,11 +207,15 @@ class Trainer:
             loss = loss_sum / num_tokens
             self.metrics.write("validation", self.step, loss=loss, bits_per_byte=self.manifest.bits_per_byte(loss))
             if self.cfg.evaluation.sample_tokens:
-                prompt = sample_prompt(self.cfg.evaluation, self.tokenizer, self.validation_tokens)
-                tokens = generate(self.model, prompt, self.cfg.evaluation.sample_tokens, max_seq_len=self.cfg.train.seq_len)
-                self.metrics.write(
-                    "sample", self.step, prompt=self.tokenizer.decode(prompt), text=self.tokenizer.decode(tokens[len(prompt) :])
+                sample = text_sample(
+                    self.model,
+                    self.cfg.evaluation,
+                    self.tokenizer,
+                    self.validation_tokens,
+                    seq_len=self.cfg.train.seq_len,
+                    device=self.device,
                 )
+                self.metrics.write("sample", self.step, **sample)
         self.throughput.restart_clock()
 
     def _entries(self) -> list[TensorEntry]:

@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 SMALL = (
     *("data.tokenizer=byte", "model.dim=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn_dim=64"),
     *("train.seq_len=32", "train.global_batch_tokens=256", "train.micro_batch_size=4", "train.validation_rows=32", "train.log_every=1"),
-    *("optim.warmup_steps=2", "evaluation.sample_tokens=8"),
+    *("optim.warmup_steps=2", "evaluation.sample_tokens=8", "evaluation.temperature=0"),
 )
 
 

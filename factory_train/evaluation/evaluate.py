@@ -14,16 +14,15 @@ from factory_train.checkpoint.load import CheckpointReader, open_checkpoint
 from factory_train.config import Config
 from factory_train.data.loader import IGNORE_INDEX, validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
-from factory_train.data.prompt import sample_prompt
 from factory_train.data.shards import TokenStream
 from factory_train.data.tokenizer import Tokenizer
 from factory_train.distributed.process_group import choose_device
 from factory_train.errors import NotFoundError
 from factory_train.loss import summed_cross_entropy
 from factory_train.models.build import build_model
-from factory_train.models.generate import generate
 from factory_train.models.language_model import LanguageModel
 from factory_train.run_dir import RunDir
+from factory_train.sample import text_sample
 
 EVALUATION_FORMAT_VERSION = 1
 
@@ -36,7 +35,7 @@ class Evaluation:
         loss: mean negative log-likelihood of the validation tokens, in nats a token.
         bits_per_byte: the same per byte of text, comparable over tokenizers.
         baselines: cross-entropy of simple models on the same tokens, in nats a token.
-        sample: prompt and greedy continuation.
+        sample: prompt and continuation.
     """
 
     format_version: int
@@ -103,8 +102,6 @@ def evaluate_run(run: RunDir, step: int | None = None) -> Evaluation:
         loss_sum += summed_cross_entropy(model(micro.tokens_BT.to(device)), targets_BT).item()
         num_tokens += int((targets_BT != IGNORE_INDEX).sum())
     loss = loss_sum / num_tokens
-    prompt = sample_prompt(cfg.evaluation, tokenizer, tokens)
-    continuation = generate(model, prompt, cfg.evaluation.sample_tokens, max_seq_len=cfg.train.seq_len)[len(prompt) :]
     evaluation = Evaluation(
         format_version=EVALUATION_FORMAT_VERSION,
         step=reader.manifest.step,
@@ -114,7 +111,7 @@ def evaluate_run(run: RunDir, step: int | None = None) -> Evaluation:
         num_tokens=num_tokens,
         num_bytes=round(num_tokens * manifest.bytes_per_token),
         baselines=manifest.baselines,
-        sample={"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(continuation)},
+        sample=text_sample(model, cfg.evaluation, tokenizer, tokens, seq_len=cfg.train.seq_len, device=device),
         time=time.time(),
     )
     storage.write_json(evaluation_path(run, evaluation.step), asdict(evaluation))

@@ -53,6 +53,8 @@ _POSITIVE = (
     "hardware.peak_flops",
 )
 _NOT_NEGATIVE = (
+    "checkpoint.keep_every_steps",
+    "checkpoint.keep_best",
     "train.seed",
     "train.validate_every",
     "optim.weight_decay",

@@ -130,7 +130,17 @@ class CheckpointConfig:
     """When to save and how much to keep."""
 
     every_steps: int = setting(100, "steps between checkpoints; the last step is always saved", safe=True)
+    mode: str = setting(
+        "async",
+        "async copies the state and writes it in another process; sync trains on when all is on disk",
+        choices=("async", "sync"),
+        safe=True,
+    )
     keep_last: int = setting(2, "newest checkpoints kept; older ones are removed after a newer one is complete", safe=True)
+    keep_every_steps: int = setting(0, "checkpoints of every so many steps are kept for good; 0 keeps none for that", safe=True)
+    keep_best: int = setting(0, "so many with the best best_metric are kept too", safe=True)
+    best_metric: str = setting("validation/loss", "what keep_best compares; measured where a validation and a checkpoint meet", safe=True)
+    best_is: str = setting("min", "which best_metric is the best", choices=("min", "max"), safe=True)
 
 
 @dataclass

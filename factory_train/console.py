@@ -25,7 +25,7 @@ class ProgressView:
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._rows = Follower(attempt.metrics_path)
-        self._events = Follower(attempt.path / "events.jsonl")
+        self._events = Follower(attempt.events_path)
         cfg = attempt.config()
         self._steps, self._log_every = cfg.train.steps, cfg.train.log_every
         self._validation: dict[str, Any] | None = None
@@ -53,6 +53,11 @@ class ProgressView:
             self._print(f"{'resume':<10}  from step {event['step']} ({event['checkpoint']})")
         elif kind == "checkpoint-skipped":
             self._print(f"{'warning':<10}  checkpoint {event['message']}")
+        elif kind == "checkpoint-failed":
+            fix = f"; {event['fix']}" if event.get("fix") else ""
+            self._print(f"{'warning':<10}  no checkpoint of step {event['step']}, training goes on: {event['message']}{fix}")
+        elif kind == "init":
+            self._print(f"{'init':<10}  {event['message']}")
 
     def _show_row(self, row: dict[str, Any]) -> None:
         if row["kind"] == "validation":

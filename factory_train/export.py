@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from factory_train import storage
-from factory_train.checkpoint.load import CheckpointReader, open_checkpoint
+from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
 from factory_train.evaluation.evaluate import Evaluation, run_config
 from factory_train.models.hf import write_hf_folder

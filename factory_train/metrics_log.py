@@ -1,26 +1,28 @@
-"""metrics.jsonl of one attempt: the rows rank 0 writes while it trains."""
+"""What rank 0 writes while it trains: metrics.jsonl and events.jsonl of one attempt."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import Any
 
 from factory_train.run_dir import Attempt
+from factory_train.storage import JsonLinesFile
 
 
 class MetricsLog:
-    """Appends rows of kind "start", "train", "validation" and "sample"; other ranks write nothing.
+    """Appends rows of kind "start", "train", "validation" and "sample", and events; other ranks write nothing.
+
+    A disk that is full for a while ends nothing: what was held back follows when there is room again.
 
     Args:
-        attempt: whose file it is.
+        attempt: whose files they are.
         enabled: whether this rank is the one that writes.
     """
 
     def __init__(self, attempt: Attempt, *, enabled: bool) -> None:
-        # Line-buffered, so that a row is there for readers as soon as it is written.
-        self._file = open(attempt.metrics_path, "a", buffering=1) if enabled else None  # noqa: SIM115 (closed by close)
+        self._rows = JsonLinesFile(attempt.metrics_path) if enabled else None
+        self._events = JsonLinesFile(attempt.events_path) if enabled else None
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Writes one row.
@@ -30,11 +32,16 @@ class MetricsLog:
             step: completed optimizer steps.
             figures: values; a float that is not finite is written as null, which every JSON reader accepts.
         """
-        if self._file is None:
-            return
-        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **row}) + "\n")
+        if self._rows is not None:
+            row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()}
+            self._rows.append({"kind": kind, "step": step, "time": time.time(), **row})
+
+    def record_event(self, kind: str, **facts: Any) -> None:
+        """Writes one event, as `Attempt.record_event` does."""
+        if self._events is not None:
+            self._events.append({"time": time.time(), "event": kind, **facts})
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file in (self._rows, self._events):
+            if file is not None:
+                file.close()

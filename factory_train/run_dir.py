@@ -73,6 +73,10 @@ class Attempt:
         return self.path / "metrics.jsonl"
 
     @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
     def job_path(self) -> Path:
         return self.path / "job.json"
 
@@ -105,7 +109,7 @@ class Attempt:
 
     def record_event(self, kind: str, **facts: Any) -> None:
         """Appends to this attempt's events.jsonl; called by one process at a time (rank 0, or the stage around it)."""
-        storage.append_json_line(self.path / "events.jsonl", {"time": time.time(), "event": kind, **facts})
+        storage.append_json_line(self.events_path, {"time": time.time(), "event": kind, **facts})
 
     def record_launch_event(self, kind: str, **facts: Any) -> None:
         """Appends to launch/events.jsonl, which only the launcher writes."""
@@ -113,7 +117,7 @@ class Attempt:
 
     def events(self) -> list[dict[str, Any]]:
         """Returns the events of both writers, oldest first."""
-        rows = storage.read_json_lines(self.path / "events.jsonl") + storage.read_json_lines(self.launch / "events.jsonl")
+        rows = storage.read_json_lines(self.events_path) + storage.read_json_lines(self.launch / "events.jsonl")
         return sorted(rows, key=lambda row: row["time"])
 
     def record_error(self, error: dict[str, Any]) -> bool:

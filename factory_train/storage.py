@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import secrets
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+# What a JSON-lines file holds back while its disk is full; the oldest rows go first then.
+_MAX_WAITING_ROWS = 1_000_000
 
 
 def fsync_directory(path: Path) -> None:
@@ -77,6 +82,47 @@ def append_json_line(path: Path, row: dict[str, Any]) -> None:
     """Appends one row to a JSON-lines file that only the caller's process writes."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+class JsonLinesFile:
+    """A JSON-lines file of one writer, whom a full disk neither ends nor makes tear a line.
+
+    Rows that cannot be written are kept and written with the first that can.
+
+    Args:
+        path: appended to; made with the first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd: int | None = None
+        self._waiting: deque[bytes] = deque(maxlen=_MAX_WAITING_ROWS)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row; it is there for readers at once, disk permitting."""
+        self._waiting.append(json.dumps(row).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+
+    def close(self) -> None:
+        """Closes the file. May be called twice."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _write(self, line: bytes) -> None:
+        if self._fd is None:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        end = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            # Half a line would spoil the next one too.
+            os.ftruncate(self._fd, end)
+            raise
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

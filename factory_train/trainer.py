@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from factory_train.checkpoint.agreement import Ranks
+from factory_train.checkpoint.entries import TensorEntry
 from factory_train.checkpoint.load import load_newest
-from factory_train.checkpoint.save import TensorEntry, save_checkpoint
+from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.loader import IGNORE_INDEX, Cursor, TokenLoader, validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
@@ -20,7 +23,7 @@ from factory_train.distributed.box import local_box, local_tensor
 from factory_train.distributed.mesh import ParallelDims
 from factory_train.distributed.parallelize import parallelize
 from factory_train.distributed.step_reduction import StepFacts, StepReduction
-from factory_train.errors import ConfigError, DivergenceError
+from factory_train.errors import CheckpointError, ConfigError, DivergenceError
 from factory_train.launchers.job import WorkerEnv
 from factory_train.loss import summed_cross_entropy
 from factory_train.metrics_log import MetricsLog
@@ -82,6 +85,9 @@ class Trainer:
             device=device,
         )
         self.metrics = MetricsLog(attempt, enabled=self.is_main)
+        self.saver = Saver(attempt, cfg.checkpoint, Ranks(env.rank, env.world_size), device, self.metrics.record_event)
+        # Figures of validation, and the step they are of.
+        self.validated: tuple[int, dict[str, float]] = (-1, {})
         self.step = 0
         self.tokens_seen = 0
         self.cursor = Cursor()
@@ -93,6 +99,7 @@ class Trainer:
         """Trains to the end, or to a stop that all ranks agreed on; a checkpoint of the last step is on disk then."""
         self._resume()
         self.metrics.write("start", self.step)
+        self.saver.prepare(self._entries())
         loader = self.open_loader()
         try:
             self.throughput.restart_clock()
@@ -107,10 +114,10 @@ class Trainer:
                     self._save()
                     saved_step = self.step
             self.settle()
-            if saved_step != self.step:
-                self._save()
+            self._make_sure_saved(saved_step)
         finally:
             loader.close()
+            self.saver.close()
             self.metrics.close()
         return self.outcome or Outcome.DONE
 
@@ -143,13 +150,17 @@ class Trainer:
                 share = summed_cross_entropy(self.model(tokens_BT), targets_BT) / batch.num_targets
                 share.backward()
             loss += share.detach()
+        part_written, part_failed = self.saver.progress()
         verdict, previous = self.reduction.reduce(
             loss,
             self.optimizer.gradients(),
             preempt=self.stop.preempt,
             interrupt=self.stop.interrupt,
             data_hash=batch.data_hash,
+            part_written=part_written,
+            part_failed=part_failed,
         )
+        self.saver.before_update()
         self.optimizer.step(lr=lr, grad_norm=verdict.grad_norm, skip=verdict.skip)
         self.optimizer.zero_grad()
         self.step += 1
@@ -158,6 +169,8 @@ class Trainer:
         if previous is not None:
             self._close_row(previous)
         self._open_row = {"step": self.step, "lr": lr, "tokens_seen": self.tokens_seen, **self.throughput.step_done()}
+        if stall_s := self.saver.take_stall_s():
+            self._open_row["ckpt_stall_s"] = stall_s
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -175,6 +188,7 @@ class Trainer:
         self.metrics.write(
             "train", **row, loss=facts.loss, grad_norm=facts.grad_norm, skipped=int(facts.skipped), data_hash=facts.data_hash
         )
+        self.saver.agreed(row["step"], facts.parts_written, facts.parts_failed)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if facts.skipped else 0
         if self._skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise DivergenceError(
@@ -205,7 +219,9 @@ class Trainer:
             dist.all_reduce(sums)
             loss_sum, num_tokens = sums.tolist()
             loss = loss_sum / num_tokens
-            self.metrics.write("validation", self.step, loss=loss, bits_per_byte=self.manifest.bits_per_byte(loss))
+            bits_per_byte = self.manifest.bits_per_byte(loss)
+            self.metrics.write("validation", self.step, loss=loss, bits_per_byte=bits_per_byte)
+            self.validated = self.step, {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}
             if self.cfg.evaluation.sample_tokens:
                 sample = text_sample(
                     self.model,
@@ -232,6 +248,7 @@ class Trainer:
         return entries
 
     def _save(self) -> None:
+        validated_step, figures = self.validated
         state = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
@@ -239,19 +256,20 @@ class Trainer:
             "optimizer_step": self.optimizer.step_count(),
             "seed": self.cfg.train.seed,
             "data_id": self.manifest.id,
+            "metrics": {name: value for name, value in figures.items() if validated_step == self.step and math.isfinite(value)},
         }
-        path = save_checkpoint(
-            self.attempt,
-            self.step,
-            self._entries(),
-            state,
-            rank=self.env.rank,
-            world_size=self.env.world_size,
-            keep_last=self.cfg.checkpoint.keep_last,
-        )
-        if self.is_main:
-            self.attempt.record_event("checkpoint", step=self.step, path=path.name)
+        self.saver.begin(self.step, self._entries(), state)
         self.throughput.restart_clock()
+
+    def _make_sure_saved(self, saved_step: int) -> None:
+        """Returns when the last step is on disk; a save that fails now is tried once more, for there is no later one."""
+        if saved_step != self.step:
+            self._save()
+        try:
+            self.saver.finish()
+        except CheckpointError:
+            self._save()
+            self.saver.finish()
 
     def _resume(self) -> None:
         """Continues from the newest checkpoint that verifies; with none, the initial weights stand."""
@@ -267,8 +285,8 @@ class Trainer:
         self.step = loaded.state["step"]
         self.tokens_seen = loaded.state["tokens_seen"]
         self.cursor = Cursor.from_json(loaded.state["cursor"])
-        self.optimizer.set_step_count(loaded.state["optimizer_step"])
-        if self.is_main:
-            for note in loaded.notes:
-                self.attempt.record_event("checkpoint-skipped", message=note)
-            self.attempt.record_event("resume", step=self.step, checkpoint=loaded.path.name)
+        self.optimizer.set_step_count(loaded.state["optimizer_step"] if loaded.has_optimizer else 0)
+        for note in loaded.notes:
+            self.metrics.record_event("checkpoint-skipped", message=note)
+        optimizer = "loaded" if loaded.has_optimizer else "fresh: another one saved this checkpoint"
+        self.metrics.record_event("resume", step=self.step, checkpoint=loaded.path.name, optimizer=optimizer)

@@ -14,9 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from factory_train.checkpoint.entries import TensorEntry
 from factory_train.checkpoint.files import DurableFiles
 from factory_train.checkpoint.load import LoadedState, load_newest
-from factory_train.checkpoint.save import TensorEntry, save_checkpoint
+from factory_train.checkpoint.retention import Retention
+from factory_train.checkpoint.save import save_checkpoint
 from factory_train.distributed.box import local_box, local_tensor
 from factory_train.errors import FactoryTrainError
 from factory_train.run_dir import Attempt, RunDir
@@ -86,7 +88,7 @@ def save(
     """Saves `reference(seed)`; returns the folder's name."""
     entries = entries_of(spread_state(strategy, reference(seed)))
     facts = state or {"step": step, "seed": seed}
-    return save_checkpoint(attempt, step, entries, facts, rank=rank, world_size=world, keep_last=keep_last, files=files).name
+    return save_checkpoint(attempt, step, entries, facts, rank=rank, world_size=world, retention=Retention(keep_last), files=files).name
 
 
 def load(rank: int, world: int, strategy: str, run: RunDir) -> tuple[LoadedState | None, dict[tuple[str, str], torch.Tensor]]:

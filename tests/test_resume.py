@@ -53,7 +53,8 @@ def killed_run(folder: Path) -> str:
     """Kills every process of a run with SIGKILL at a random step after its first checkpoint."""
     process = command.start(*words("killed"), cwd=folder)
     metrics = folder / "runs/llama_fsdp-killed/attempts/0001/metrics.jsonl"
-    kill_at = random.randrange(5, STEPS - 4)
+    # By the second checkpoint the first one is committed: a save waits for the one before it.
+    kill_at = random.randrange(10, STEPS - 4)
     deadline = time.monotonic() + 120
     while (len(metrics.read_text().splitlines()) if metrics.exists() else 0) < kill_at:
         assert process.poll() is None, process.communicate()

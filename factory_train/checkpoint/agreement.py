@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 from collections.abc import Callable
@@ -11,9 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from factory_train.errors import CheckpointError, ConfigError, FactoryTrainError, FencedError, IntegrityError, NotFoundError
-
-_TYPES = {kind.__name__: kind for kind in (CheckpointError, ConfigError, FencedError, IntegrityError, NotFoundError)}
+from factory_train.checkpoint.failure import describe, rebuild
 
 
 class Ranks:
@@ -55,11 +52,11 @@ class Ranks:
             mine = json.dumps({"value": action(), "failure": None})
         except Exception as error:
             cause = error
-            mine = json.dumps({"value": None, "failure": _describe(error, doing, self.rank)})
+            mine = json.dumps({"value": None, "failure": describe(error, doing, self.rank)})
         outcomes = [json.loads(outcome) for outcome in self._gather(mine)]
         failures = [outcome["failure"] for outcome in outcomes if outcome["failure"]]
         if failures:
-            raise _rebuild(failures[0], len(failures)) from cause
+            raise rebuild(failures[0], len(failures)) from cause
         return [outcome["value"] for outcome in outcomes]
 
     def agree_on_main(self, doing: str, action: Callable[[], Any]) -> Any:
@@ -88,29 +85,3 @@ def _cpu_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
 @functools.lru_cache(maxsize=1)
 def _gloo_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
-
-
-def _describe(error: Exception, doing: str, rank: int) -> dict[str, str | None]:
-    if isinstance(error, FactoryTrainError):
-        kind = next((name for name, cls in _TYPES.items() if isinstance(error, cls)), CheckpointError.__name__)
-        return {"type": kind, "what": error.what, "where": error.where, "fix": error.fix}
-    if isinstance(error, OSError):
-        where = str(error.filename) if error.filename else f"rank {rank}"
-        fix = "free space on that filesystem" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-        return {
-            "type": CheckpointError.__name__,
-            "what": f"{doing} failed on rank {rank}: {error.strerror or error}",
-            "where": where,
-            "fix": fix,
-        }
-    return {
-        "type": CheckpointError.__name__,
-        "what": f"{doing} failed on rank {rank}: {type(error).__name__}: {error}",
-        "where": None,
-        "fix": None,
-    }
-
-
-def _rebuild(failure: dict[str, Any], count: int) -> FactoryTrainError:
-    what = failure["what"] + (f" (and {count - 1} more ranks failed)" if count > 1 else "")
-    return _TYPES[failure["type"]](what, where=failure["where"], fix=failure["fix"])

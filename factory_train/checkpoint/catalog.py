@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, which is the newest, and which may go. No torch.
+"""Which checkpoints a run has, which is the newest, and what the next one is called. No torch.
 
 Folder names: `step-00000100` is the state after 100 steps. When a run goes back to an earlier checkpoint and trains
 on, its later folders carry `.r1` (`.r2` the next time), because a checkpoint is never overwritten. The newest is the
@@ -7,20 +7,16 @@ last one by (rewinds, step): what the run did last, even if an abandoned branch 
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from factory_train.checkpoint.files import DurableFiles
 from factory_train.checkpoint.format import MANIFEST_NAME, Manifest, read_manifest
-from factory_train.errors import FactoryTrainError
+from factory_train.errors import FactoryTrainError, NotFoundError
 from factory_train.run_dir import Attempt, RunDir
 
 LATEST_NAME = "latest"
 _COMPLETE = re.compile(r"step-(\d{8,})(?:\.r([1-9]\d*))?")
-_DRAFT = re.compile(r"step-\d{8,}\.tmp-(\d+)")
-_REMOVED = re.compile(r"step-.*\.removed-\d+")
 
 
 @dataclass(frozen=True, order=True)
@@ -65,10 +61,31 @@ def list_checkpoints(run: RunDir) -> list[CheckpointInfo]:
         names.add(latest.read_text(errors="replace").strip())
     found = []
     for name in names:
-        match = _COMPLETE.fullmatch(name)
-        if match and (folder / name / MANIFEST_NAME).is_file():
-            found.append(CheckpointInfo(int(match[2] or 0), int(match[1]), folder / name))
+        info = _info(folder / name)
+        if info is not None and (info.path / MANIFEST_NAME).is_file():
+            found.append(info)
     return sorted(found, reverse=True)
+
+
+def _info(path: Path) -> CheckpointInfo | None:
+    match = _COMPLETE.fullmatch(path.name)
+    return CheckpointInfo(int(match[2] or 0), int(match[1]), path) if match else None
+
+
+def select(run: RunDir, word: str | None) -> CheckpointInfo:
+    """Returns the checkpoint that `word` means: a folder's name, a step (its newest), or None for the newest of all.
+
+    Raises:
+        NotFoundError: the run has no such checkpoint.
+    """
+    found = list_checkpoints(run)
+    if not found:
+        raise NotFoundError("the run has no checkpoint yet", where=run.name, fix="train it first")
+    chosen = found if word is None else [info for info in found if word in (info.path.name, str(info.step))]
+    if not chosen:
+        have = ", ".join(info.path.name if info.rewinds else str(info.step) for info in found)
+        raise NotFoundError(f"no checkpoint of step {word}", where=run.name, fix=f"step= one of {have}")
+    return chosen[0]
 
 
 def place(run: RunDir, manifest: Manifest) -> tuple[Path, bool]:
@@ -103,38 +120,3 @@ def _holds_the_same(info: CheckpointInfo, manifest: Manifest) -> bool:
     except FactoryTrainError:
         return False
     return True
-
-
-def clear_leftovers(attempt: Attempt, files: DurableFiles) -> None:
-    """Removes drafts of earlier attempts and what an interrupted removal left.
-
-    A rank of an earlier attempt that still lives then has nothing left to rename.
-    """
-    attempt.check_fence("removing unfinished checkpoints")
-    for entry in sorted(attempt.run.checkpoints.iterdir()):
-        draft = _DRAFT.fullmatch(entry.name)
-        if draft and int(draft[1]) < attempt.number:
-            _discard(entry, attempt, files)
-        elif _REMOVED.fullmatch(entry.name):
-            _remove(entry, files)
-
-
-def retain(attempt: Attempt, keep_last: int, files: DurableFiles) -> None:
-    """Removes all but the `keep_last` newest checkpoints; call it only after a good one was committed."""
-    assert keep_last >= 1, keep_last
-    for info in list_checkpoints(attempt.run)[keep_last:]:
-        attempt.check_fence("removing an old checkpoint")
-        _discard(info.path, attempt, files)
-
-
-def _discard(path: Path, attempt: Attempt, files: DurableFiles) -> None:
-    """Takes the name away before the files, so that no reader finds a complete name with half of them."""
-    doomed = path.with_name(f"{path.name}.removed-{attempt.number:04d}")
-    files.rename(path, doomed)
-    _remove(doomed, files)
-
-
-def _remove(path: Path, files: DurableFiles) -> None:
-    # On NFS a file that somebody still reads keeps its folder alive: the next save tries again.
-    with contextlib.suppress(OSError):
-        files.remove_folder(path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from factory_train import storage
 
@@ -17,14 +18,16 @@ Hook = Callable[[Literal["before", "after"], str, Path], None]
 class NewFile:
     """A file being written; its bytes are durable once `DurableFiles.create` has returned."""
 
-    def __init__(self, files: DurableFiles, path: Path, file: BinaryIO) -> None:
+    def __init__(self, files: DurableFiles, path: Path, file: RawIOBase) -> None:
         self._files, self._path, self._file = files, path, file
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends `data` and hands it to the operating system."""
         with self._files.step("write", self._path):
-            self._file.write(data)
-            self._file.flush()
+            rest = memoryview(data)
+            while rest:
+                # The kernel takes less than was asked for when the disk fills up, and says why at the next call.
+                rest = rest[self._file.write(rest) or 0 :]
 
 
 class DurableFiles:
@@ -46,16 +49,17 @@ class DurableFiles:
         if self._hook:
             self._hook("after", action, path)
 
-    def make_folder(self, path: Path) -> None:
-        """Creates a folder that is not there yet."""
-        with self.step("mkdir", path):
-            path.mkdir()
+    def ensure_folder(self, path: Path) -> None:
+        """Creates a folder if it is not there yet."""
+        if not path.is_dir():
+            with self.step("mkdir", path):
+                path.mkdir(exist_ok=True)
 
     @contextlib.contextmanager
     def create(self, path: Path) -> Iterator[NewFile]:
         """Creates a file that is not there yet; its bytes are durable on leaving, its name after `sync_folder`."""
         with self.step("create", path):
-            file = open(path, "xb")  # noqa: SIM115 (closed below; the hook must see creation alone)
+            file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed below; the hook must see creation alone)
         with file:
             yield NewFile(self, path, file)
             with self.step("fsync", path):

@@ -5,8 +5,10 @@ The format is specified in docs/checkpoint-format.md; change both together.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,29 @@ class TensorRecord:
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+
+    def overlapping(self, box: Box) -> Iterator[tuple[Chunk, Box]]:
+        """Yields the chunks that have elements in `box`, and which.
+
+        Along the dimension that is cut most, chunks outside of the box are not looked at: loading all boxes of a
+        tensor costs about as many looks as there are chunks and boxes, not their product.
+        """
+        dim, starts, longest, ordered = self._along_most_cut
+        first = bisect.bisect_right(starts, box.offset[dim] - longest) if self.shape else 0
+        last = bisect.bisect_left(starts, box.end[dim]) if self.shape else len(ordered)
+        for chunk in ordered[first:last]:
+            common = chunk.box.intersection(box)
+            if common is not None:
+                yield chunk, common
+
+    @functools.cached_property
+    def _along_most_cut(self) -> tuple[int, list[int], int, list[Chunk]]:
+        """The dimension with most different offsets; the offsets in it, the longest extent, and the chunks in that order."""
+        dim = most_cut([chunk.box for chunk in self.chunks], len(self.shape))
+        if not self.shape:
+            return dim, [], 0, list(self.chunks)
+        ordered = sorted(self.chunks, key=lambda chunk: chunk.offset[dim])
+        return dim, [chunk.offset[dim] for chunk in ordered], max((chunk.shape[dim] for chunk in ordered), default=0), ordered
 
 
 @dataclass(frozen=True)
@@ -191,6 +216,11 @@ def merge_contents(parts: Iterable[Contents]) -> Contents:
     return Contents(tensors, files)
 
 
+def most_cut(boxes: Sequence[Box], num_dims: int) -> int:
+    """Returns the dimension in which the boxes begin at most different places."""
+    return max(range(num_dims), key=lambda dim: len({box.offset[dim] for box in boxes}), default=0)
+
+
 def tiling_problem(shape: tuple[int, ...], boxes: list[Box]) -> str | None:
     """Returns what is wrong with `boxes` as a tiling of `shape`, or None if each element is in exactly one."""
     for box in boxes:
@@ -199,7 +229,7 @@ def tiling_problem(shape: tuple[int, ...], boxes: list[Box]) -> str | None:
     # Boxes that are disjoint and add up to the whole leave no hole.
     if shape:
         # Sweeping along the dimension that is cut most keeps the number of open boxes small.
-        sweep = max(range(len(shape)), key=lambda dim: len({box.offset[dim] for box in boxes}))
+        sweep = most_cut(boxes, len(shape))
         open_boxes: list[Box] = []
         for box in sorted(boxes, key=lambda box: box.offset[sweep]):
             open_boxes = [other for other in open_boxes if other.end[sweep] > box.offset[sweep]]

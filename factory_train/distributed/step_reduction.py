@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 # Places in the reduced vector.
-_LOSS, _GRAD_SQUARES, _PREEMPT, _INTERRUPT, _HASH, _SIZE = 0, 1, 2, 3, 4, 5
+_LOSS, _GRAD_SQUARES, _PREEMPT, _INTERRUPT, _HASH, _PARTS_WRITTEN, _PARTS_FAILED, _SIZE = range(8)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,11 @@ class StepVerdict:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """The same on the host, one step later."""
+    """The same on the host, one step later.
+
+    Args:
+        parts_written, parts_failed: ranks whose part of the checkpoint under way is written, and failed.
+    """
 
     loss: float
     grad_norm: float
@@ -39,6 +43,8 @@ class StepFacts:
     preempt: bool
     interrupt: bool
     data_hash: int
+    parts_written: int
+    parts_failed: int
 
 
 class StepReduction:
@@ -55,7 +61,15 @@ class StepReduction:
         self._pending: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def reduce(
-        self, loss: torch.Tensor, grads: Iterable[torch.Tensor], *, preempt: bool, interrupt: bool, data_hash: int
+        self,
+        loss: torch.Tensor,
+        grads: Iterable[torch.Tensor],
+        *,
+        preempt: bool,
+        interrupt: bool,
+        data_hash: int,
+        part_written: bool = False,
+        part_failed: bool = False,
     ) -> tuple[StepVerdict, StepFacts | None]:
         """Reduces one step and returns its verdict (on the device) and the facts of the step before (on the host).
 
@@ -63,10 +77,12 @@ class StepReduction:
             loss: this rank's share of the step's loss; scalar.
             grads: this rank's reduced gradient shards, as local tensors.
             data_hash: hash of this rank's samples; an integer below 2**53 when summed over ranks.
+            part_written, part_failed: how far this rank's part of the checkpoint under way is.
         """
         # float64: exact for the hash, and sums of squares of different shardings agree to the last digits.
         vector = torch.zeros(_SIZE, dtype=torch.float64)
         vector[_PREEMPT], vector[_INTERRUPT], vector[_HASH] = float(preempt), float(interrupt), float(data_hash)
+        vector[_PARTS_WRITTEN], vector[_PARTS_FAILED] = float(part_written), float(part_failed)
         vector = vector.pin_memory().to(self._device, non_blocking=True) if self._pinned else vector
         norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
         if norms:
@@ -86,10 +102,10 @@ class StepReduction:
         self._pending = None
         if event is not None:
             event.synchronize()
-        loss, squares, preempt, interrupt, data_hash = vector.tolist()
+        loss, squares, preempt, interrupt, data_hash, written, failed = vector.tolist()
         grad_norm = squares**0.5
         skipped = not torch.isfinite(vector[:2]).all().item()
-        return StepFacts(loss, grad_norm, skipped, preempt > 0, interrupt > 0, int(data_hash))
+        return StepFacts(loss, grad_norm, skipped, preempt > 0, interrupt > 0, int(data_hash), int(written), int(failed))
 
     def _copy(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if not self._pinned:

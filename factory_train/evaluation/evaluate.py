@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from factory_train import storage
-from factory_train.checkpoint.load import CheckpointReader, open_checkpoint
+from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
 from factory_train.config import Config
 from factory_train.data.loader import IGNORE_INDEX, validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest

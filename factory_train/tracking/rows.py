@@ -25,6 +25,7 @@ TRAIN_NAMES = {
     "tflops_per_s": "perf/tflops_per_s",
     "mfu": "perf/mfu",
     "memory_bytes": "mem/bytes",
+    "ckpt_stall_s": "perf/ckpt_stall_s",
 }
 VALIDATION_NAMES = {"loss": "validation/loss", "bits_per_byte": "validation/bits_per_byte"}
 _NAMES = {"train": TRAIN_NAMES, "validation": VALIDATION_NAMES}

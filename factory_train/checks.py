@@ -86,6 +86,7 @@ def check_config(config: Config) -> None:
     _check_model(config)
     _check_data(config)
     _check_training(config)
+    _check_checkpoint(config)
     _check_precision(config)
 
 
@@ -276,6 +277,15 @@ def _check_training(config: Config) -> None:
             f"{optim.warmup_steps} steps of warm-up do not end within {train.steps} steps",
             where="optim.warmup_steps",
             fix=f"optim.warmup_steps={train.steps // 10}",
+        )
+
+
+def _check_checkpoint(config: Config) -> None:
+    every, keep_every = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    if keep_every % every:
+        nearest = " or ".join(f"checkpoint.keep_every_steps={value}" for value in _neighbours(keep_every, every))
+        raise ConfigError(
+            f"{keep_every} is not a multiple of checkpoint.every_steps={every}", where="checkpoint.keep_every_steps", fix=nearest
         )
 
 

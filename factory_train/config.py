@@ -192,6 +192,8 @@ class Config:
     recipe: str = setting("???", "name of the recipe in configs/recipe/")
     program: str = setting("pretrain", "module of recipes/ that runs it", choices=("pretrain",))
     run: Optional[str] = setting(None, "names the run: the same command with the same run= continues it")
+    init_from: Optional[str] = setting(None, "start from the weights of another run: RUN, or RUN@STEP")
+    init_strict: bool = setting(True, "false takes the weights that fit and leaves the others at their initial values")
     runs_root: Optional[str] = setting(None, "folder of all runs; null is $FACTORY_TRAIN_RUNS, else ./runs", safe=True)
     wait: bool = setting(True, "false returns as soon as the job is started", safe=True)
     model: ModelConfig = setting(ModelConfig, "model")

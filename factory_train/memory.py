@@ -30,6 +30,7 @@ class Memory:
         accumulated_grads: whole gradients that FSDP keeps between micro-batches it does not reduce.
         activations: what the layers keep for the backward pass.
         logits: scores of the vocabulary, their log-softmax and gradient.
+        snapshot: this rank's share of the state, copied for an asynchronous checkpoint; in host memory, so 0 on cards.
         runtime: libraries and processes, whatever the model.
         fragmentation: held by the allocator and not usable.
     """
@@ -41,6 +42,7 @@ class Memory:
     accumulated_grads: int
     activations: int
     logits: int
+    snapshot: int
     runtime: int
     fragmentation: int
 
@@ -70,13 +72,16 @@ def layer_activation_bytes(model: ModelConfig, *, compute: str, autocast: bool, 
     return kept + (2 * model.dim * wide if device == "cpu" else 0)
 
 
-def estimate_memory(cfg: Config, count: ParameterCount, vocab_size: int, *, dp_shard: int, grad_accum_steps: int, device: str) -> Memory:
+def estimate_memory(
+    cfg: Config, count: ParameterCount, vocab_size: int, *, world_size: int, dp_shard: int, grad_accum_steps: int, device: str
+) -> Memory:
     """Estimates the peak memory of one rank.
 
     Args:
         cfg: strategy, precision, batch and recomputation are read from it.
         count: parameters of the model.
         vocab_size: rows of the embedding.
+        world_size: ranks in all.
         dp_shard: ranks that share one copy of the state (fsdp).
         grad_accum_steps: micro-batches of a step.
         device: "cuda" or "cpu".
@@ -115,6 +120,7 @@ def estimate_memory(cfg: Config, count: ParameterCount, vocab_size: int, *, dp_s
         accumulated_grads=accumulated,
         activations=activations,
         logits=logits,
+        snapshot=3 * count.total * master // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0,
         runtime=_RUNTIME_BYTES[device],
         fragmentation=int(_FRAGMENTATION * allocated) if device == "cuda" else 0,
     )

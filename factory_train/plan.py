@@ -124,6 +124,7 @@ class Plan:
             "accumulated gradients": self.memory.accumulated_grads,
             "activations": self.memory.activations,
             "logits": self.memory.logits,
+            "checkpoint copy": self.memory.snapshot,
             "runtime": self.memory.runtime + self.memory.fragmentation,
         }
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
@@ -186,7 +187,9 @@ def _derive(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool)
     rounds = -(-samples // rows_per_round)
     tokens_per_step = samples * train.seq_len
     count = count_parameters(cfg.model, vocab_size)
-    memory = estimate_memory(cfg, count, vocab_size, dp_shard=dp_shard, grad_accum_steps=rounds, device=hardware.device)
+    memory = estimate_memory(
+        cfg, count, vocab_size, world_size=world_size, dp_shard=dp_shard, grad_accum_steps=rounds, device=hardware.device
+    )
     available = hardware.memory_bytes
     if available is not None and hardware.device == "cpu":
         available //= tasks_per_node
@@ -230,6 +233,8 @@ def _remedies(cfg: Config, vocab_size: int, hardware: Hardware) -> Iterator[str]
     def fits(candidate: Config, rows: int = vocab_size) -> bool:
         return bool(_derive(candidate, rows, hardware, False).fits)
 
+    if cfg.checkpoint.mode == "async" and fits(_override(cfg, checkpoint={"mode": "sync"})):
+        yield "checkpoint.mode=sync"
     full = _override(cfg, parallel={"activation_checkpoint": "full"})
     recompute = "parallel.activation_checkpoint=full"
     if cfg.parallel.activation_checkpoint == "none" and fits(full):

@@ -151,8 +151,11 @@ class RunDir:
     path: Path
 
     @staticmethod
-    def create(root: Path, recipe: str, run_id: str | None) -> RunDir:
+    def create(root: Path, recipe: str, run_id: str | None, parent: str | None = None) -> RunDir:
         """Makes a new, empty run directory below `root`.
+
+        Args:
+            parent: the run, and the checkpoint of it, whose weights this one starts from.
 
         Raises:
             ConfigError: the id is not usable as part of a folder name, or the run is there already.
@@ -167,7 +170,7 @@ class RunDir:
             raise ConfigError(f"run '{run.name}' exists already", where=str(run.path)) from None
         try:
             (run.path / "attempts").mkdir()
-            run._write_info(recipe, name, time.time(), 0)
+            run._write_info(recipe, name, time.time(), parent, 0)
         except OSError:
             # A full disk must not leave half a run behind.
             shutil.rmtree(run.path, ignore_errors=True)
@@ -220,14 +223,14 @@ class RunDir:
         """Held while an attempt is being taken, so that two commands cannot both believe they are first."""
         return self.path / ".submit.lock"
 
-    def _write_info(self, recipe: str, run_id: str, created: float, attempt: int) -> None:
+    def _write_info(self, recipe: str, run_id: str, created: float, parent: str | None, attempt: int) -> None:
         info = {
             "schema_version": RUN_SCHEMA_VERSION,
             "id": run_id,
             "recipe": recipe,
             "created": created,
             "user": getpass.getuser(),
-            "parent_run": None,
+            "parent_run": parent,
             "current_attempt": attempt,
         }
         storage.write_json(self.path / "run.json", info)
@@ -258,7 +261,7 @@ class RunDir:
             (attempt.path / folder).mkdir()
         storage.write_atomic(attempt.config_path, dump_config(config))
         info = self.info()
-        self._write_info(info["recipe"], info["id"], info["created"], attempt.number)
+        self._write_info(info["recipe"], info["id"], info["created"], info.get("parent_run"), attempt.number)
         return attempt
 
     def attempt_numbers(self) -> list[int]:

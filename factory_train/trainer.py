@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 
 from factory_train.checkpoint.agreement import Ranks
-from factory_train.checkpoint.entries import TensorEntry
+from factory_train.checkpoint.entries import TensorEntry, training_entries
 from factory_train.checkpoint.load import load_newest
+from factory_train.checkpoint.origin import Origin, load_origin
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.loader import IGNORE_INDEX, Cursor, TokenLoader, validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
 from factory_train.data.shards import TokenStream
 from factory_train.data.tokenizer import Tokenizer
-from factory_train.distributed.box import local_box, local_tensor
 from factory_train.distributed.mesh import ParallelDims
 from factory_train.distributed.parallelize import parallelize
 from factory_train.distributed.step_reduction import StepFacts, StepReduction
@@ -236,16 +236,8 @@ class Trainer:
 
     def _entries(self) -> list[TensorEntry]:
         """Returns this rank's shards of weights and optimizer state, as a checkpoint addresses them."""
-        sections = {"weights": {name: local_tensor(parameter.detach()) for name, parameter in self.parameters.items()}}
-        sections |= {f"optimizer/{key}": dict(tensors) for key, tensors in self.optimizer.state().items()}
-        entries = []
-        for section, tensors in sections.items():
-            for name, tensor in tensors.items():
-                box, global_shape = local_box(self.parameters[name])
-                entries.append(
-                    TensorEntry(name, section, tensor, box, global_shape, self.env.rank // self.dims.dp_shard, self.dims.dp_replicate)
-                )
-        return entries
+        copy, copies = self.env.rank // self.dims.dp_shard, self.dims.dp_replicate
+        return training_entries(self.parameters, self.optimizer.state(), replica_rank=copy, replica_count=copies)
 
     def _save(self) -> None:
         validated_step, figures = self.validated
@@ -272,9 +264,10 @@ class Trainer:
             self.saver.finish()
 
     def _resume(self) -> None:
-        """Continues from the newest checkpoint that verifies; with none, the initial weights stand."""
+        """Continues from the newest checkpoint that verifies; with none, begins from the weights of `init_from`, if it is set."""
         loaded = load_newest(self.attempt.run, self._entries(), rank=self.env.rank, world_size=self.env.world_size)
         if loaded is None:
+            self._initialize()
             return
         if loaded.state["data_id"] != self.manifest.id:
             raise ConfigError(
@@ -290,3 +283,12 @@ class Trainer:
             self.metrics.record_event("checkpoint-skipped", message=note)
         optimizer = "loaded" if loaded.has_optimizer else "fresh: another one saved this checkpoint"
         self.metrics.record_event("resume", step=self.step, checkpoint=loaded.path.name, optimizer=optimizer)
+
+    def _initialize(self) -> None:
+        """Takes the weights of another run where the configuration names one."""
+        if self.cfg.init_from is None:
+            return
+        origin = Origin.parse(self.cfg.init_from)
+        kept = load_origin(origin, self._entries(), Ranks(self.env.rank, self.env.world_size), strict=self.cfg.init_strict)
+        rest = f"; {len(kept)} tensors keep their initial values: {', '.join(kept)}" if kept else ""
+        self.metrics.record_event("init", message=f"weights of {origin.title}{rest}", checkpoint=str(origin), left_alone=list(kept))

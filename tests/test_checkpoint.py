@@ -25,7 +25,6 @@ from factory_train.checkpoint.files import DurableFiles
 from factory_train.checkpoint.format import Manifest, canonical_json, spread, tiling_problem
 from factory_train.checkpoint.load import load_checkpoint, load_newest
 from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
-from factory_train.checkpoint.verify import verify_files
 from factory_train.config import Config
 from factory_train.distributed.box import Box
 from factory_train.errors import CheckpointError, ConfigError, ExitCode, FencedError, IntegrityError, NotFoundError

@@ -58,6 +58,30 @@ class TensorEntry:
         return self.box.numel * self.tensor.element_size()
 
 
+def training_entries(
+    parameters: Mapping[str, torch.Tensor],
+    optimizer_state: Mapping[str, Mapping[str, torch.Tensor]],
+    *,
+    replica_rank: int,
+    replica_count: int,
+) -> list[TensorEntry]:
+    """Describes what a rank holds of a model in training: sections "weights" and "optimizer/<key>".
+
+    Args:
+        parameters: plain or DTensors, by name.
+        optimizer_state: {key: {parameter's name: tensor shaped like its local shard}}.
+        replica_rank, replica_count: which copy of its shards this rank holds, out of how many.
+    """
+    sections = {"weights": {name: local_tensor(parameter.detach()) for name, parameter in parameters.items()}}
+    sections |= {f"optimizer/{key}": dict(tensors) for key, tensors in optimizer_state.items()}
+    boxes = {name: local_box(parameter) for name, parameter in parameters.items()}
+    return [
+        TensorEntry(name, section, tensor, *boxes[name], replica_rank, replica_count)
+        for section, tensors in sections.items()
+        for name, tensor in tensors.items()
+    ]
+
+
 def choose_writes(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
     """Returns the entries this rank writes: each replicated box falls to one of its copies, spread by bytes.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from factory_train import checks, storage
+from factory_train.checkpoint import origin
 from factory_train.config import Config, unsafe_changes
 from factory_train.data.manifest import DataManifest, cache_root, check_length, find_prepared
 from factory_train.data.source import check_source
@@ -81,11 +82,12 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
     checks.check_config(config)
     check_source(config.data, config.train.seq_len)
     root = run.path.parent if run else runs_root(config.runs_root)
+    run = run or (find_run(root, config.recipe, config.run) if config.run else None)
+    config = _with_origin(config, root, run)
     reason = _choose_launcher(config)
     hardware = detect(config.hardware)
     checks.check_world(config, config.launcher.nodes * resolve_tasks_per_node(config, hardware))
     plan = _plan(config, hardware, cache_root(config, root))
-    run = run or (find_run(root, config.recipe, config.run) if config.run else None)
     if run is not None:
         check_continues(run, config, force=force)
     check_fits(plan)
@@ -93,6 +95,25 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
         _check_devices(plan)
     _check_disk(config, plan, run.path if run else root, is_new=run is None, dry_run=dry_run)
     return Request(config, root, plan, run, reason, tuple(argv), force)
+
+
+def _with_origin(config: Config, root: Path, run: RunDir | None) -> Config:
+    """Returns the configuration with `init_from` resolved; a run that exists keeps the checkpoint it started from."""
+    if config.init_from is None:
+        return config
+    last = run.last_attempt() if run else None
+    before = last.config().init_from if last else None
+    if before is not None and origin.means(config.init_from, origin.Origin.parse(before)):
+        return replace(config, init_from=before)
+    if last is not None:
+        raise ConfigError(
+            f"run '{last.run.name}' has begun" + (f" from {origin.Origin.parse(before).title}" if before else " with weights of its own"),
+            where="init_from",
+            fix="leave init_from out, or take another run=NAME",
+        )
+    found = origin.resolve(config.init_from, root)
+    origin.check_fits(found, config)
+    return replace(config, init_from=str(found))
 
 
 def find_run(root: Path, recipe: str, name: str) -> RunDir | None:
@@ -154,9 +175,10 @@ def start(request: Request) -> Started | None:
         PreflightError: another command was faster, or nothing could be started; no trace of it is left then.
     """
     run, is_new = request.run, False
+    parent = origin.Origin.parse(request.config.init_from).title if request.config.init_from else None
     if run is None:
         try:
-            run, is_new = RunDir.create(request.root, request.config.recipe, request.config.run), True
+            run, is_new = RunDir.create(request.root, request.config.recipe, request.config.run, parent), True
         except ConfigError:
             # Made between our look and now, by the same command elsewhere.
             run = find_run(request.root, request.config.recipe, request.config.run) if request.config.run else None

@@ -24,6 +24,7 @@ VERBS = {
     "stop": "save, then end a run",
     "resume": "continue a run from its newest checkpoint",
     "evaluate": "measure a run's model on its validation text",
+    "checkpoint": "list, verify, show, diff, prune and mark checkpoints",
     "export": "write a run's model in Hugging Face layout",
     "sync": "send what MLflow has not seen yet",
 }

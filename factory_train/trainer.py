@@ -290,5 +290,6 @@ class Trainer:
             return
         origin = Origin.parse(self.cfg.init_from)
         kept = load_origin(origin, self._entries(), Ranks(self.env.rank, self.env.world_size), strict=self.cfg.init_strict)
-        rest = f"; {len(kept)} tensors keep their initial values: {', '.join(kept)}" if kept else ""
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        rest = f"; {len(kept)} tensors keep their initial values: {', '.join(kept[:3])}{more}" if kept else ""
         self.metrics.record_event("init", message=f"weights of {origin.title}{rest}", checkpoint=str(origin), left_alone=list(kept))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,14 +18,24 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from factory_train.checkpoint import entries
+from factory_train.checkpoint.agreement import Ranks
+from factory_train.checkpoint.arena import Arena
 from factory_train.checkpoint.entries import TensorEntry
+from factory_train.checkpoint.failure import describe
 from factory_train.checkpoint.files import DurableFiles
 from factory_train.checkpoint.load import LoadedState, load_newest
 from factory_train.checkpoint.retention import Retention
 from factory_train.checkpoint.save import save_checkpoint
+from factory_train.checkpoint.saver import Saver
+from factory_train.checkpoint.writer import Answer, Writer, WriterProcess, carry_out
+from factory_train.config import CheckpointConfig
 from factory_train.distributed.box import local_box, local_tensor
-from factory_train.errors import FactoryTrainError
+from factory_train.errors import CheckpointError, FactoryTrainError
 from factory_train.run_dir import Attempt, RunDir
+
+# So small that every tensor here is cut into several chunks.
+entries.MAX_CHUNK_BYTES = 40
 
 # Uneven over 2 and 4 ranks, smaller than the world, one-dimensional.
 SHAPES = {"embed": (9, 4), "wide": (5, 7), "norm": (6,), "pair": (2, 3, 2), "single": (1, 4), "bias": (3,)}
@@ -86,9 +100,9 @@ def save(
     state: dict | None = None,
 ) -> str:
     """Saves `reference(seed)`; returns the folder's name."""
-    entries = entries_of(spread_state(strategy, reference(seed)))
+    mine = entries_of(spread_state(strategy, reference(seed)))
     facts = state or {"step": step, "seed": seed}
-    return save_checkpoint(attempt, step, entries, facts, rank=rank, world_size=world, retention=Retention(keep_last), files=files).name
+    return save_checkpoint(attempt, step, mine, facts, rank=rank, world_size=world, retention=Retention(keep_last), files=files).name
 
 
 def load(rank: int, world: int, strategy: str, run: RunDir) -> tuple[LoadedState | None, dict[tuple[str, str], torch.Tensor]]:
@@ -128,21 +142,108 @@ def save_with_failure(rank: int, world: int, attempt: Attempt, failing_rank: int
     return "", ""
 
 
-def save_with_crash(rank: int, world: int, attempt: Attempt, crashing_rank: int, moment: tuple[str, str]) -> str:
-    """Saves while one rank dies at a moment; returns how the save ended on this rank."""
+class ThreadWriter:
+    """Carries out a saver's orders in a thread, so that a test can stop it at any point; it dies as the process would."""
 
-    def hook(when: str, did: str, path: Path) -> None:
-        if rank == crashing_rank and (when, did) == moment:
+    def __init__(self, arena: Arena, files: DurableFiles) -> None:
+        self._arena, self._files = arena, files
+        self._answer: Answer | None = None
+        self._thread: threading.Thread | None = None
+
+    def order(self, order: Mapping[str, Any]) -> None:
+        self._answer = None
+        thread = threading.Thread(target=self._work, args=(order,), daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def _work(self, order: Mapping[str, Any]) -> None:
+        try:
+            # As it would arrive over the pipe.
+            self._answer = carry_out(json.loads(json.dumps(order)), self._arena.view(), self._files)
+        except Crash:
+            self._answer = Answer({}, describe(CheckpointError("the writer died"), "writing", 0), 0.0)
+
+    def answer(self, timeout_s: float | None) -> Answer | None:
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._answer
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
+def crashing(crash_at: int | None, points: list[tuple[str, str, str]]) -> Callable[[str, str, Path], None]:
+    """Returns a hook that lists the moments of a save, and dies at the given one, for good."""
+
+    def hook(when: str, action: str, path: Path) -> None:
+        points.append((when, action, path.name))
+        if crash_at is not None and len(points) > crash_at:
             raise Crash
 
+    return hook
+
+
+def save_to_the_point(
+    rank: int, world: int, strategy: str, mode: str, attempt: Attempt, step: int, crash: tuple[int, int] | None
+) -> tuple[str, list[tuple[str, str, str]]]:
+    """Saves while one rank, or its writer, dies at a moment.
+
+    Args:
+        crash: (rank, number of the moment).
+
+    Returns:
+        How the save ended on this rank, and the moments there were.
+    """
+    points: list[tuple[str, str, str]] = []
+    files = DurableFiles(crashing(crash[1] if crash and crash[0] == rank else None, points))
     try:
-        save(rank, world, "fsdp2", attempt, 2, 2, files=DurableFiles(hook))
+        if mode == "sync":
+            save(rank, world, strategy, attempt, step, step, files=files)
+        else:
+            with contextlib.closing(make_saver(rank, world, attempt, lambda arena: ThreadWriter(arena, files))) as saver:
+                state = spread_state(strategy, reference(step))
+                saver.begin(step, entries_of(state), {"step": step, "seed": step})
+                saver.before_update()
+                spoil(state)
+                agree_on_progress(saver, step, world)
+                saver.finish()
     except Crash:
-        return "crash"
+        return "crash", points
     except RuntimeError:
         # gloo, when the peer's sockets close.
-        return "lost its peer"
-    return "done"
+        return "lost its peer", points
+    except FactoryTrainError as error:
+        return type(error).__name__, points
+    return "done", points
+
+
+def make_saver(rank: int, world: int, attempt: Attempt, start_writer: Callable[[Arena], Writer] = WriterProcess, **kwargs: Any) -> Saver:
+    """Returns an asynchronous saver that keeps two checkpoints; `events` takes what it records."""
+    events = kwargs.pop("events", [])
+    cfg = CheckpointConfig(**{"mode": "async", "keep_last": 2, **kwargs})
+    record = lambda kind, **facts: events.append((kind, facts))  # noqa: E731
+    return Saver(attempt, cfg, Ranks(rank, world), torch.device("cpu"), record, start_writer=start_writer)
+
+
+def spoil(state: dict[tuple[str, str], torch.Tensor]) -> None:
+    """Changes all of a state in place, as an optimizer step would."""
+    with torch.no_grad():
+        for tensor in state.values():
+            local_tensor(tensor).fill_(1)
+
+
+def agree_on_progress(saver: Saver, step: int, world: int, tries: int = 2000) -> None:
+    """Does what the reduction of the following steps does, until the save is being committed or has failed."""
+    for number in range(1, tries):
+        counts = torch.tensor([float(flag) for flag in saver.progress()])
+        if world > 1:
+            torch.distributed.all_reduce(counts)
+        saver.agreed(step + number, int(counts[0]), int(counts[1]))
+        if int(counts.sum()) == world:
+            return
+        time.sleep(0.002)
+    raise AssertionError("the writers never ended")
 
 
 def without_pickle(rank: int, world: int, attempt: Attempt) -> list[str]:
@@ -171,8 +272,3 @@ def tiles(rank: int, world: int, strategy: str) -> list[tuple[str, tuple, tuple,
             (name, box.offset, box.shape, shape == SHAPES[name] and torch.equal(local_tensor(state["weights", name]).detach(), part))
         )
     return found
-
-
-def counting(points: list[tuple[str, str, str]]) -> Callable[[str, str, Path], None]:
-    """Returns a hook that lists the moments of a save."""
-    return lambda when, action, path: points.append((when, action, path.name))

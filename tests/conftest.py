@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from rank_pool import RankPool
+
+    from factory_train.run_dir import Attempt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -26,3 +32,21 @@ def _own_state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     """Keeps tests away from the person's index of run folders."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
     monkeypatch.delenv("FACTORY_TRAIN_RUNS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Four processes that save and load checkpoints together."""
+    from rank_pool import RankPool
+
+    pool = RankPool("checkpoint_ranks")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Attempt:
+    """The first attempt of an empty run."""
+    from checkpoint_cases import new_run
+
+    return new_run(tmp_path)

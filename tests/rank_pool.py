@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,12 +23,15 @@ class RankPool:
     """Processes that wait for tasks.
 
     Args:
-        folder: for rendezvous files.
         preload: the module that holds the tasks.
     """
 
-    def __init__(self, folder: Path, preload: str, size: int = 4) -> None:
-        self._folder, self._worlds = folder, 0
+    def __init__(self, preload: str, size: int = 4) -> None:
+        from torch.distributed import TCPStore
+
+        # One store for all worlds: a new one, or files, would take longer than most of the tests.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._worlds = 0
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([preload])
         pairs = [context.Pipe() for _ in range(size)]
@@ -50,7 +52,7 @@ class RankPool:
         self._worlds += 1
         members = self._connections[:world_size]
         for rank, connection in enumerate(members):
-            connection.send((str(self._folder / f"world-{self._worlds}"), rank, world_size, task, args))
+            connection.send((self._store.port, f"world-{self._worlds}", rank, world_size, task, args))
         answers = []
         for rank, connection in enumerate(members):
             assert connection.poll(TIMEOUT_S), f"rank {rank} hangs"
@@ -70,13 +72,17 @@ def _serve(connection: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # All of torch, which collecting garbage after each task would look through.
+    gc.freeze()
+    stores: dict[int, dist.Store] = {}
     while True:
         try:
-            rendezvous, rank, world_size, task, args = connection.recv()
+            port, world, rank, world_size, task, args = connection.recv()
         except EOFError:
             return
         try:
-            store = dist.FileStore(rendezvous, world_size)
+            stores[port] = stores.get(port) or dist.TCPStore("127.0.0.1", port, is_master=False)
+            store = dist.PrefixStore(world, stores[port])
             timeout = datetime.timedelta(seconds=TIMEOUT_S / 2)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
             answer = None, task(rank, world_size, *args)

@@ -84,7 +84,7 @@ def select(run: RunDir, word: str | None) -> CheckpointInfo:
     chosen = found if word is None else [info for info in found if word in (info.path.name, str(info.step))]
     if not chosen:
         have = ", ".join(info.path.name if info.rewinds else str(info.step) for info in found)
-        raise NotFoundError(f"no checkpoint of step {word}", where=run.name, fix=f"step= one of {have}")
+        raise NotFoundError(f"no checkpoint of step {word}", where=run.name, fix=f"there are: {have}")
     return chosen[0]
 
 

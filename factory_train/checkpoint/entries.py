@@ -108,9 +108,7 @@ class Writes:
     sources: tuple[tuple[int, torch.Tensor], ...]
 
 
-def plan_writes(
-    entries: Sequence[TensorEntry], step: int, rank: int, state: Mapping[str, Any], *, max_chunk_bytes: int = MAX_CHUNK_BYTES
-) -> Writes:
+def plan_writes(entries: Sequence[TensorEntry], step: int, rank: int, state: Mapping[str, Any]) -> Writes:
     """Decides what this rank writes; `state` is written by rank 0."""
     pieces: list[Piece] = []
     sources: list[tuple[int, torch.Tensor]] = []
@@ -119,20 +117,20 @@ def plan_writes(
         assert entry.dtype in DTYPES, f"{entry.key}: {entry.dtype} is not in the format"
         assert tuple(entry.tensor.shape) == entry.box.shape, f"{entry.key}: {tuple(entry.tensor.shape)} is not {entry.box}"
         sources.append((start, entry.tensor))
-        pieces += _pieces(entry, start, max_chunk_bytes)
+        pieces += _pieces(entry, start)
         start += entry.num_bytes
     empty = tuple(Empty(e.section, e.name, e.dtype, e.global_shape) for e in entries if not Box.whole(e.global_shape).numel)
     return Writes(Part(step, writer_name(rank), tuple(pieces), empty, state if rank == 0 else None), tuple(sources))
 
 
-def _pieces(entry: TensorEntry, start: int, max_chunk_bytes: int) -> Iterator[Piece]:
+def _pieces(entry: TensorEntry, start: int) -> Iterator[Piece]:
     """Cuts a box along its first dimension: rows are contiguous, so a piece is one range of bytes."""
     offset, shape = entry.box.offset, entry.box.shape
     if not shape:
         yield Piece(entry.section, entry.name, entry.dtype, entry.global_shape, offset, shape, start)
         return
     row_bytes = entry.num_bytes // shape[0]
-    rows = max(1, max_chunk_bytes // row_bytes)
+    rows = max(1, MAX_CHUNK_BYTES // row_bytes)
     for first in range(0, shape[0], rows):
         count = min(rows, shape[0] - first)
         yield Piece(

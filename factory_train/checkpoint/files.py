@@ -51,9 +51,8 @@ class DurableFiles:
 
     def ensure_folder(self, path: Path) -> None:
         """Creates a folder if it is not there yet."""
-        if not path.is_dir():
-            with self.step("mkdir", path):
-                path.mkdir(exist_ok=True)
+        with self.step("mkdir", path):
+            path.mkdir(exist_ok=True)
 
     @contextlib.contextmanager
     def create(self, path: Path) -> Iterator[NewFile]:

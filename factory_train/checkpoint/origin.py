@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from factory_train.checkpoint.catalog import select
+from factory_train.checkpoint import reference
 from factory_train.config import Config, ModelConfig
-from factory_train.errors import ConfigError, NotFoundError
+from factory_train.errors import ConfigError, FactoryTrainError
 from factory_train.run_dir import RunDir
-from factory_train.runs_index import find_run
 
 if TYPE_CHECKING:
     from factory_train.checkpoint.agreement import Ranks
@@ -50,28 +49,23 @@ def resolve(text: str, root: Path) -> Origin:
         ConfigError: it names a file, or several runs.
         NotFoundError: there is no such run or checkpoint.
     """
-    word, at, step = text.rpartition("@")
-    if not at:
-        word, step = text, ""
-    if Path(word).is_file():
-        raise ConfigError(f"'{word}' is a file, not a run", where="init_from", fix="init_from=RUN or RUN@STEP; status lists the runs")
-    if at and not step:
-        raise ConfigError("no step after '@'", where=f"init_from={text}", fix=f"init_from={word} takes the newest")
     try:
-        run = find_run(word, root)
-        return Origin(run, select(run, step or None).path.name)
-    except NotFoundError as error:
+        found = reference.find(text, root)
+    except FactoryTrainError as error:
         error.where = f"init_from={text}"
         raise
+    if found.run is None:
+        raise ConfigError("this checkpoint is in no run directory", where=f"init_from={text}", fix="init_from=RUN or RUN@STEP")
+    return Origin(found.run, found.path.name)
 
 
 def means(text: str, origin: Origin) -> bool:
     """Returns whether `RUN[@STEP]`, typed again, can mean a checkpoint that was resolved earlier; nothing is looked up."""
     if text == str(origin):
         return True
-    word, at, step = text.rpartition("@") if "@" in text else (text, "", "")
+    word, step = reference.split(text)
     of_step = int(origin.checkpoint.removeprefix("step-").partition(".")[0])
-    is_checkpoint = not at or step in (origin.checkpoint, str(of_step))
+    is_checkpoint = step in (None, origin.checkpoint, str(of_step))
     return is_checkpoint and bool(word) and origin.run.name.endswith(Path(word).name)
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,21 @@ def _looks_whole(info: CheckpointInfo) -> bool:
     except FactoryTrainError:
         return False
     return True
+
+
+def removable(run: RunDir, policy: Retention, is_good: Callable[[CheckpointInfo], bool]) -> list[CheckpointInfo]:
+    """Returns the checkpoints that the policy does not keep, without the last good one if none that is kept is good.
+
+    Args:
+        is_good: reads a checkpoint and compares it with its manifest; asked no more often than needed.
+    """
+    found = list_checkpoints(run)
+    reasons = reasons_to_keep(run, found, policy)
+    going = [info for info in found if not reasons[info]]
+    if not going or any(is_good(info) for info in found if reasons[info]):
+        return going
+    spared = next((info for info in going if is_good(info)), None)
+    return [info for info in going if info != spared]
 
 
 def discard(path: Path, attempt: Attempt, files: DurableFiles) -> bool:

@@ -1,0 +1,51 @@
+"""What the checkpoint tests do again and again, in one process; what ranks do is in checkpoint_ranks.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import checkpoint_ranks as ranks
+
+from factory_train.config import Config
+from factory_train.run_dir import Attempt, RunDir
+
+
+def new_run(folder: Path, name: str = "run") -> Attempt:
+    return RunDir.create(folder, "test", name).new_attempt(Config(recipe="test"))
+
+
+def next_attempt(attempt: Attempt) -> Attempt:
+    return attempt.run.new_attempt(Config(recipe="test"))
+
+
+def save(attempt: Attempt, step: int, *, seed: int | None = None, **kwargs: object) -> Path:
+    """Saves `reference(seed)` (default: seed = step) from one process."""
+    return attempt.run.checkpoints / ranks.save(0, 1, "single", attempt, step, step if seed is None else seed, **kwargs)
+
+
+def history(folder: Path) -> Attempt:
+    """Returns a run with checkpoints of steps 1 and 2."""
+    attempt = new_run(folder)
+    save(attempt, 1)
+    save(attempt, 2)
+    return attempt
+
+
+def found(run: RunDir) -> tuple[int, list[str], list[str]]:
+    """Returns the step that load finds, its notes, and what differs from what was saved then."""
+    return ranks.load_notes(0, 1, "single", run)
+
+
+def names(run: RunDir) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
+def tree(run: RunDir) -> dict[str, bytes]:
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in sorted(run.checkpoints.rglob("*")) if path.is_file()}
+
+
+def flip(path: Path, position: int) -> None:
+    """Changes one bit."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << (position % 8)
+    path.write_bytes(data)

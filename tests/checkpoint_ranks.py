@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import pickle
 import threading
@@ -224,6 +225,45 @@ def make_saver(rank: int, world: int, attempt: Attempt, start_writer: Callable[[
     cfg = CheckpointConfig(**{"mode": "async", "keep_last": 2, **kwargs})
     record = lambda kind, **facts: events.append((kind, facts))  # noqa: E731
     return Saver(attempt, cfg, Ranks(rank, world), torch.device("cpu"), record, start_writer=start_writer)
+
+
+def save_three_beside(rank: int, world: int, strategy: str, attempt: Attempt) -> list[tuple[str, dict[str, Any]]]:
+    """Saves steps 1 to 3 beside training, with a real writer process; every state is changed as soon as that is allowed."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    with contextlib.closing(make_saver(rank, world, attempt, events=events)) as saver:
+        for step in (1, 2, 3):
+            state = spread_state(strategy, reference(step))
+            saver.begin(step, entries_of(state), {"step": step, "seed": step})
+            saver.before_update()
+            spoil(state)
+            if step == 2:
+                agree_on_progress(saver, step, world)
+        saver.finish()
+    return events
+
+
+def save_beside_with_failure(rank: int, world: int, strategy: str, attempt: Attempt, failing_rank: int) -> tuple[str, list]:
+    """Saves step 1 while the disk of one rank is full, then step 2; returns what the first raised, and the events."""
+    events: list[tuple[str, dict[str, Any]]] = []
+    full = [rank == failing_rank]
+
+    def hook(when: str, action: str, path: Path) -> None:
+        if full[0] and action == "write":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    raised = ""
+    with contextlib.closing(
+        make_saver(rank, world, attempt, lambda arena: ThreadWriter(arena, DurableFiles(hook)), events=events)
+    ) as saver:
+        for step in (1, 2):
+            saver.begin(step, entries_of(spread_state(strategy, reference(step))), {"step": step, "seed": step})
+            saver.before_update()
+            try:
+                saver.finish()
+            except CheckpointError as error:
+                raised = str(error)
+            full[0] = False
+    return raised, events
 
 
 def spoil(state: dict[tuple[str, str], torch.Tensor]) -> None:

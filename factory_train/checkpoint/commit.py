@@ -23,12 +23,12 @@ class Committed:
 
     Args:
         name: the checkpoint's folder.
-        bytes: of all its files but the manifest.
+        num_bytes: of all its files but the manifest.
         removed: older checkpoints that went.
     """
 
     name: str
-    bytes: int
+    num_bytes: int
     removed: list[str]
 
     def to_json(self) -> dict[str, Any]:

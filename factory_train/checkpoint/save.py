@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from factory_train.checkpoint.agreement import Ranks
 from factory_train.checkpoint.catalog import draft_path
-from factory_train.checkpoint.commit import commit, open_draft
+from factory_train.checkpoint.commit import Committed, commit, open_draft
 from factory_train.checkpoint.entries import TensorEntry, Writes, plan_writes
 from factory_train.checkpoint.files import DurableFiles
 from factory_train.checkpoint.part import Piece, write_part, writer_name
@@ -32,8 +31,8 @@ def save_checkpoint(
     retention: Retention,
     files: DurableFiles | None = None,
     group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Saves a checkpoint; every rank calls it. Returns its folder once it is complete and durable.
+) -> Committed:
+    """Saves a checkpoint; every rank calls it. Returns once it is complete and durable.
 
     Args:
         attempt: the writer; it must still be the run's newest attempt.
@@ -63,7 +62,7 @@ def save_checkpoint(
         if rank == 0:
             give_back_space(attempt, step, files)
         raise
-    return attempt.run.checkpoints / done["name"]
+    return Committed(**done)
 
 
 def give_back_space(attempt: Attempt, step: int, files: DurableFiles) -> None:

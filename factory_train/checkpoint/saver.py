@@ -32,12 +32,14 @@ class _Outstanding:
     Args:
         step: completed optimizer steps.
         began: on the monotonic clock.
+        stall_before_s: what training had waited in all until then.
         answer: of this rank's writer to the order of the moment.
         committing: whether all parts are written and rank 0 was told to commit.
     """
 
     step: int
     began: float
+    stall_before_s: float
     answer: Answer | None = None
     committing: bool = False
 
@@ -103,7 +105,7 @@ class Saver:
         with self._stalling():
             self._end_outstanding()
             self._failure = None
-            self._save = _Outstanding(step, began)
+            self._save = _Outstanding(step, began, self._stall_s)
             if self._cfg.mode == "async":
                 self._begin_beside(step, entries, state)
             else:
@@ -267,7 +269,7 @@ class Saver:
         except FactoryTrainError as error:
             self._failed(save, error)
         else:
-            self._succeeded(save, done["name"], num_bytes=done["bytes"], removed=done["removed"])
+            self._succeeded(save, done)
         self._save = None
 
     # Both
@@ -276,7 +278,7 @@ class Saver:
         save = self._save
         assert save is not None
         try:
-            path = save_checkpoint(
+            done = save_checkpoint(
                 self._attempt,
                 step,
                 entries,
@@ -291,12 +293,21 @@ class Saver:
         except FactoryTrainError as error:
             self._failed(save, error)
         else:
-            self._succeeded(save, path.name)
+            self._succeeded(save, done.to_json())
         self._save = None
 
-    def _succeeded(self, save: _Outstanding, name: str, **facts: Any) -> None:
+    def _succeeded(self, save: _Outstanding, done: Mapping[str, Any]) -> None:
         if self._ranks.rank == 0:
-            self._record("checkpoint", step=save.step, path=name, mode=self._cfg.mode, seconds=time.monotonic() - save.began, **facts)
+            self._record(
+                "checkpoint",
+                step=save.step,
+                path=done["name"],
+                mode=self._cfg.mode,
+                num_bytes=done["num_bytes"],
+                removed=done["removed"],
+                seconds=time.monotonic() - save.began,
+                stall_s=self._stall_s - save.stall_before_s,
+            )
 
     def _failed(self, save: _Outstanding, error: FactoryTrainError) -> None:
         self._failure = error

@@ -108,7 +108,7 @@ def _do(order: Mapping[str, Any], attempt: Attempt, rank: int, memory: memoryvie
     def read(piece: Piece) -> memoryview:
         return memory[piece.start : piece.start + piece.num_bytes]
 
-    return {"bytes": write_part(draft_path(attempt, part.step), part, read, files)}
+    return {"num_bytes": write_part(draft_path(attempt, part.step), part, read, files)}
 
 
 class WriterProcess:
@@ -121,14 +121,19 @@ class WriterProcess:
 
     def __init__(self, arena: Arena, module: str = "factory_train.checkpoint.writer") -> None:
         os.set_inheritable(arena.fd, True)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(arena.fd), str(arena.size)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(arena.fd,),
-            env=import_environ(os.environ),
-        )
         self._received = b""
+        # The process starts with these signals blocked, so that none is missed before it ignores them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(arena.fd), str(arena.size)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(arena.fd,),
+                env=import_environ(os.environ),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     @property
     def pid(self) -> int:
@@ -184,6 +189,7 @@ def main(files: DurableFiles | None = None) -> None:
     """`python -m factory_train.checkpoint.writer ARENA_FD ARENA_BYTES`."""
     for signum in _IGNORED:
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     with suppress(OSError):
         os.nice(_NICENESS)
     arena = Arena(int(sys.argv[1]), int(sys.argv[2]))

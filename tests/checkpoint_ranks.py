@@ -31,7 +31,7 @@ from factory_train.checkpoint.save import save_checkpoint
 from factory_train.checkpoint.saver import Saver
 from factory_train.checkpoint.writer import Answer, Writer, WriterProcess, carry_out
 from factory_train.config import CheckpointConfig
-from factory_train.distributed.box import local_box, local_tensor
+from factory_train.distributed.box import Box, local_box, local_tensor
 from factory_train.errors import CheckpointError, FactoryTrainError
 from factory_train.run_dir import Attempt, RunDir
 
@@ -227,6 +227,32 @@ def make_saver(rank: int, world: int, attempt: Attempt, start_writer: Callable[[
     return Saver(attempt, cfg, Ranks(rank, world), torch.device("cpu"), record, start_writer=start_writer)
 
 
+def _native(like: torch.Tensor) -> TensorEntry:
+    """Returns 8-bit codes cut like a parameter: an encoding that only the optimizer that made it understands."""
+    box, shape = local_box(like)
+    codes = torch.arange(like.numel(), dtype=torch.int8).reshape(shape)[box.slices(Box.whole(shape))].clone()
+    return TensorEntry("embed", "native/codes", codes, box, shape)
+
+
+def save_with_native(rank: int, world: int, strategy: str, attempt: Attempt) -> None:
+    state = spread_state(strategy, reference(1))
+    mine = [*entries_of(state), _native(state["weights", "embed"])]
+    save_checkpoint(attempt, 1, mine, {"seed": 1}, rank=rank, world_size=world, retention=Retention(2))
+
+
+def load_with_native(rank: int, world: int, strategy: str, run: RunDir) -> tuple[bool, list[str]]:
+    """Returns whether the native encoding was taken, and what differs from what was saved."""
+    state = spread_state(strategy, {key: torch.zeros_like(value) for key, value in reference(0).items()})
+    native = _native(state["weights", "embed"])
+    expected = native.tensor.clone()
+    native.tensor.zero_()
+    loaded = load_newest(run, [*entries_of(state), native], rank=rank, world_size=world)
+    assert loaded is not None
+    taken = "native/codes" in loaded.sections
+    assert torch.equal(native.tensor, expected if taken else torch.zeros_like(expected))
+    return taken, differences(state, reference(1))
+
+
 def save_three_beside(rank: int, world: int, strategy: str, attempt: Attempt) -> list[tuple[str, dict[str, Any]]]:
     """Saves steps 1 to 3 beside training, with a real writer process; every state is changed as soon as that is allowed."""
     events: list[tuple[str, dict[str, Any]]] = []
@@ -240,6 +266,25 @@ def save_three_beside(rank: int, world: int, strategy: str, attempt: Attempt) ->
                 agree_on_progress(saver, step, world)
         saver.finish()
     return events
+
+
+def save_until(rank: int, world: int, strategy: str, attempt: Attempt, seconds: float) -> int:
+    """Saves again and again, beside training and keeping the newest alone; returns how often. Steps begin with 2."""
+    deadline, step = time.monotonic() + seconds, 1
+    with contextlib.closing(make_saver(rank, world, attempt, keep_last=1)) as saver:
+        while True:
+            late = torch.tensor([float(time.monotonic() > deadline)])
+            torch.distributed.all_reduce(late)
+            if late.item():
+                break
+            step += 1
+            state = spread_state(strategy, reference(step))
+            saver.begin(step, entries_of(state), {"step": step, "seed": step})
+            saver.before_update()
+            spoil(state)
+            agree_on_progress(saver, step, world)
+        saver.finish()
+    return step - 1
 
 
 def save_beside_with_failure(rank: int, world: int, strategy: str, attempt: Attempt, failing_rank: int) -> tuple[str, list]:

@@ -43,11 +43,11 @@ class RankPool:
             for process in self._processes:
                 process.start()
 
-    def run(self, world_size: int, task: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, world_size: int, task: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
         """Calls `task(rank, world_size, *args)` in a new world; returns the results in order of rank.
 
         Raises:
-            AssertionError: a rank raised, or did not answer within `TIMEOUT_S`.
+            AssertionError: a rank raised, or did not answer within `timeout_s`.
         """
         self._worlds += 1
         members = self._connections[:world_size]
@@ -55,7 +55,7 @@ class RankPool:
             connection.send((self._store.port, f"world-{self._worlds}", rank, world_size, task, args))
         answers = []
         for rank, connection in enumerate(members):
-            assert connection.poll(TIMEOUT_S), f"rank {rank} hangs"
+            assert connection.poll(timeout_s), f"rank {rank} hangs"
             answers.append(connection.recv())
         for rank, (error, _) in enumerate(answers):
             assert error is None, f"rank {rank}: {error}"

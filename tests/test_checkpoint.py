@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -15,10 +16,12 @@ import pytest
 import torch
 from checkpoint_cases import found, new_run, save
 from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis.strategies import DataObject, data, integers, lists, permutations, tuples
 from rank_pool import RankPool
 
 from factory_train.checkpoint.entries import TensorEntry, choose_writes
-from factory_train.checkpoint.format import Manifest, canonical_json, spread, tiling_problem
+from factory_train.checkpoint.format import Chunk, Manifest, TensorRecord, canonical_json, spread, tiling_problem
 from factory_train.checkpoint.load import load_checkpoint, load_newest
 from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
 from factory_train.distributed.box import Box
@@ -192,3 +195,74 @@ def test_a_run_without_checkpoints_loads_nothing(attempt: Attempt) -> None:
 def test_manifest_survives_encoding(saved_by: dict[str, RunDir]) -> None:
     raw = (saved_by["fsdp4"].checkpoints / "step-00000010" / "MANIFEST.json").read_bytes()
     assert Manifest.decode(raw, "here").encode() == raw
+
+
+# --- many chunks
+
+NUM_ROWS = 6144
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(512, 512), (512, 384), (64, 1024)])
+def test_finding_the_chunks_of_all_boxes_takes_about_as_many_looks_as_there_are_chunks_and_boxes(
+    monkeypatch: pytest.MonkeyPatch, saved: int, loaded: int
+) -> None:
+    def rows(parts: int) -> list[Box]:
+        height = -(-NUM_ROWS // parts)
+        return [Box((start, 0), (min(height, NUM_ROWS - start), 4)) for start in range(0, NUM_ROWS, height)]
+
+    chunks = tuple(Chunk("file", str(box.offset), box.offset, box.shape, "") for box in rows(saved))
+    record = TensorRecord("float32", (NUM_ROWS, 4), chunks)
+    looks, really = [0], Box.intersection
+
+    def counting(self: Box, other: Box) -> Box | None:
+        looks[0] += 1
+        return really(self, other)
+
+    monkeypatch.setattr(Box, "intersection", counting)
+    for box in rows(loaded):
+        assert sum(common.numel for _, common in record.overlapping(box)) == box.numel
+    print(f"{len(rows(saved))} chunks, {len(rows(loaded))} boxes: {looks[0]} looks")
+    assert looks[0] <= 3 * (len(rows(saved)) + len(rows(loaded)))
+
+
+@given(data())
+def test_boxes_are_found_however_a_tensor_is_cut(draw: DataObject) -> None:
+    shape = draw.draw(tuples(integers(1, 9), integers(1, 9)))
+    cuts = [sorted({0, size, *draw.draw(lists(integers(0, size), max_size=3))}) for size in shape]
+    boxes = [Box((a, c), (b - a, d - c)) for a, b in itertools.pairwise(cuts[0]) for c, d in itertools.pairwise(cuts[1])]
+    chunks = tuple(Chunk("file", str(box.offset), box.offset, box.shape, "") for box in draw.draw(permutations(boxes)))
+    start = tuple(draw.draw(integers(0, size - 1)) for size in shape)
+    box = Box(start, tuple(draw.draw(integers(1, size - first)) for size, first in zip(shape, start, strict=True)))
+    expected = {chunk.key: common for chunk in chunks if (common := chunk.box.intersection(box))}
+    assert {chunk.key: common for chunk, common in TensorRecord("float32", shape, chunks).overlapping(box)} == expected
+
+
+# --- loading less than everything
+
+
+def test_a_load_that_is_not_strict_fills_what_fits_and_names_the_rest(attempt: Attempt) -> None:
+    path = save(attempt, 1)
+    state = {key: torch.full_like(value, 7) for key, value in ranks.reference(0).items() if key[0] == "weights"}
+    state["weights", "wide"], state["weights", "added"] = torch.full((5, 8), 7.0), torch.full((2,), 7.0)
+    del state["weights", "bias"]
+    with CheckpointReader(path) as reader:
+        loaded = load_checkpoint(reader, ranks.entries_of(state), sections=("weights",), strict=False)
+    assert loaded.left_alone == ("weights added", "weights wide")
+    assert bool((state["weights", "wide"] == 7).all() and (state["weights", "added"] == 7).all())
+    assert torch.equal(state["weights", "embed"], ranks.reference(1)["weights", "embed"])
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("strategy", "fits"), [("fsdp2", True), ("single", True), ("fsdp4", False)])
+def test_the_native_encoding_is_taken_only_where_every_rank_finds_its_own_boxes(
+    pool: RankPool, attempt: Attempt, strategy: str, fits: bool
+) -> None:
+    pool.run(2, ranks.save_with_native, "fsdp2", attempt)
+    results = pool.run(ranks.STRATEGIES[strategy], ranks.load_with_native, strategy, attempt.run)
+    assert [native for native, _ in results] == [fits] * len(results)
+    assert all(differences == [] for _, differences in results)
+
+
+def test_a_checkpoint_with_a_native_encoding_loads_where_nobody_knows_it(attempt: Attempt, pool: RankPool) -> None:
+    pool.run(2, ranks.save_with_native, "fsdp2", attempt)
+    assert found(attempt.run) == (1, [], [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_one_flipped_bit_anywhere_is_detected_and_the_file_named(run: RunDir, na
         assert raised.value.where == str(folder / name), position
         (folder / name).write_bytes(intact)
     CheckpointReader(folder).verify()
+    print(f"{name}: {len(positions)} flipped bits in {len(intact)} bytes, all detected")
 
 
 def truncate(folder: Path, name: str) -> None:
@@ -130,3 +132,27 @@ def test_nothing_is_touched_before_everything_is_verified(run: RunDir) -> None:
     with pytest.raises(IntegrityError):
         load_checkpoint(CheckpointReader(run.checkpoints / "step-00000002"), ranks.entries_of(state))
     assert all(bool((value == 7).all()) for value in state.values())
+
+
+class Evil:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return open, (self.path, "w")
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("name", FILES)
+def test_a_pickle_in_place_of_any_file_is_refused_and_never_run(run: RunDir, tmp_path: Path, name: str) -> None:
+    path = run.checkpoints / "step-00000002" / name
+    evil = pickle.dumps(Evil(str(tmp_path / "owned")))
+    # Of the right length too: only the bytes are wrong.
+    for data in (evil, evil.ljust(path.stat().st_size, b"\0")[: path.stat().st_size]):
+        path.write_bytes(data)
+        assert found(run)[0] == 1
+        with pytest.raises(IntegrityError):
+            open_checkpoint(run, 2, sections=None)
+    assert not (tmp_path / "owned").exists()

@@ -85,7 +85,8 @@ def metric_of(path: Path, name: str) -> float | None:
         value = json.loads((path / STATE_NAME).read_bytes())["metrics"][name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
 
 
 def _mark_path(run: RunDir, name: str) -> Path:

@@ -27,6 +27,8 @@ def config(text: Path, device: str, strategy: str = "fsdp", world: int = 1, *, s
     cfg.train.steps = steps
     cfg.train.deterministic = True
     cfg.optim.schedule = "constant"
+    # Copies to the host on a side stream, while training goes on.
+    cfg.checkpoint.every_steps = 5
     cfg.parallel.strategy = strategy
     cfg.parallel.dp_replicate, cfg.parallel.dp_shard = (world, 1) if strategy == "ddp" else (1, world)
     cfg.launcher.tasks_per_node = world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import command
 import psutil
 import pytest
 
+from factory_train.checkpoint.catalog import list_checkpoints
 from factory_train.run_dir import RunDir
 
 STEPS = 24
@@ -48,6 +50,16 @@ def undisturbed(folder: Path) -> list[dict]:
     return train_rows(folder, "undisturbed")
 
 
+def kill_family(process: subprocess.Popen[str]) -> int:
+    """Kills a command and everything it started with SIGKILL; returns how many processes that were."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member.pid, signal.SIGKILL)
+    process.communicate()
+    return len(family)
+
+
 @pytest.fixture(scope="module")
 def killed_run(folder: Path) -> str:
     """Kills every process of a run with SIGKILL at a random step after its first checkpoint."""
@@ -60,11 +72,7 @@ def killed_run(folder: Path) -> str:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert len(family) >= 4  # command, supervisor, two ranks
-    for member in family:
-        os.kill(member.pid, signal.SIGKILL)
-    process.communicate()
+    assert kill_family(process) >= 4  # command, supervisor, two ranks
     shutil.copytree(folder / "runs/llama_fsdp-killed", folder / "runs/llama_fsdp-smaller")
     return "killed"
 
@@ -77,6 +85,30 @@ def test_after_sigkill_of_everything_the_curve_is_bit_identical(folder: Path, un
     resumed_at = next(event["step"] for event in run.last_attempt().events() if event["event"] == "resume")
     assert 4 <= resumed_at < STEPS
     assert numbers(train_rows(folder, killed_run)) == numbers(undisturbed)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("kills", [2, pytest.param(15, marks=pytest.mark.long)])
+def test_killed_at_any_moment_again_and_again_the_curve_is_bit_identical(
+    folder: Path, undisturbed: list[dict], mode: str, kills: int
+) -> None:
+    name, rng = f"{mode}{kills}", random.Random()
+    command_words = words(name, f"checkpoint.mode={mode}", "checkpoint.every_steps=1")
+    reached = []
+    for _ in range(kills):
+        process = command.start(*command_words, cwd=folder)
+        # From the start of the processes to the end of the run, saves in progress included.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(2.0, 4.5))
+        if process.poll() is None:
+            kill_family(process)
+        run = folder / "runs" / f"llama_fsdp-{name}"
+        reached.append(max((info.step for info in list_checkpoints(RunDir(run))), default=0) if run.is_dir() else 0)
+    done = command.run(*command_words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    print(f"{mode}: killed at checkpoints {reached}")
+    assert numbers(train_rows(folder, name)) == numbers(undisturbed)
 
 
 @pytest.mark.cluster

@@ -7,7 +7,8 @@ The state is what an AdamW run holds: float32 weights and two moments. Measured 
 - stall: how much longer a loop of training steps takes because of one save at its start, over the mean of the same loop
   without one before and after; and the part of it in which the loop was blocked. A step is matrix multiplications and
   then an update of every tensor; on a machine without spare cores writing beside them slows them down.
-- total: a save with nothing beside it, until the checkpoint is on disk (all of them fsync).
+- total: a save with nothing beside it, until the checkpoint is on disk (all of them fsync). The one before is removed
+  when the new one is complete, never earlier.
 - load: the whole state into existing tensors, read in full; ours compares every byte with its checksum first. The page
   cache is warm for all of them, so this is the cost of the method and not of the disk.
 - memory: what the way needs at its peak over the state itself, other processes included, shared memory counted once.
@@ -139,28 +140,36 @@ class Way:
 
 class TorchSave(Way):
     name = "torch.save"
+    number = 0
 
     def save(self) -> None:
-        with open(self.folder / "state.pt", "wb") as file:
+        self.number += 1
+        with open(self.folder / f"{self.number}.pt", "wb") as file:
             torch.save(self.state, file)
             file.flush()
             os.fsync(file.fileno())
+        (self.folder / f"{self.number - 1}.pt").unlink(missing_ok=True)
 
     def load(self, target: dict[str, torch.Tensor]) -> None:
-        loaded = torch.load(self.folder / "state.pt", weights_only=True)
+        loaded = torch.load(self.folder / f"{self.number}.pt", weights_only=True)
         for name, tensor in target.items():
             tensor.copy_(loaded[name])
 
 
 class DcpSync(Way):
     name = "DCP sync"
+    number = 0
 
     def save(self) -> None:
-        shutil.rmtree(self.folder / "dcp", ignore_errors=True)
-        dcp.save(self.state, checkpoint_id=self.folder / "dcp")
+        self.number += 1
+        dcp.save(self.state, checkpoint_id=self.folder / str(self.number))
+        self.remove_previous()
+
+    def remove_previous(self) -> None:
+        shutil.rmtree(self.folder / str(self.number - 1), ignore_errors=True)
 
     def load(self, target: dict[str, torch.Tensor]) -> None:
-        dcp.load(dict(target), checkpoint_id=self.folder / "dcp")
+        dcp.load(dict(target), checkpoint_id=self.folder / str(self.number))
 
 
 class DcpThread(DcpSync):
@@ -168,12 +177,13 @@ class DcpThread(DcpSync):
     kind = AsyncCheckpointerType.THREAD
 
     def save(self) -> None:
-        shutil.rmtree(self.folder / "dcp", ignore_errors=True)
-        response = dcp.async_save(self.state, checkpoint_id=self.folder / "dcp", async_checkpointer_type=self.kind)
+        self.number += 1
+        response = dcp.async_save(self.state, checkpoint_id=self.folder / str(self.number), async_checkpointer_type=self.kind)
         self._future: Any = getattr(response, "upload_completion", response)
 
     def wait(self) -> None:
         self._future.result()
+        self.remove_previous()
 
 
 class DcpProcess(DcpThread):

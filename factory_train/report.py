@@ -38,7 +38,7 @@ def write_report(run: RunDir) -> Path:
         *_figures(plots),
         *_samples(facts, rows),
         *_attempts(facts),
-        *_checkpoints(facts),
+        *_checkpoints(facts, rows),
         *_data(facts),
         *_commands(facts),
         "## Configuration",
@@ -157,10 +157,18 @@ def _attempt_row(facts: RunFacts, attempt: Attempt) -> tuple[str, ...]:
     return (str(attempt.number), verdict.outcome, step, _date(verdict.time), verdict.reason)
 
 
-def _checkpoints(facts: RunFacts) -> Iterator[str]:
-    if facts.checkpoints:
-        yield "## Checkpoints"
-        yield "\n".join(f"- `checkpoints/{name}`" for name in facts.checkpoints)
+def _checkpoints(facts: RunFacts, rows: list[dict[str, Any]]) -> Iterator[str]:
+    events = [event for attempt in facts.run.attempts() for event in attempt.events()]
+    failed = [event for event in events if event["event"] == "checkpoint-failed"]
+    if not facts.checkpoints and not failed:
+        return
+    yield "## Checkpoints"
+    yield "\n".join(f"- `checkpoints/{name}`" for name in facts.checkpoints)
+    saved = sum(event["event"] == "checkpoint" for event in events)
+    waited = sum(row.get("ckpt_stall_s") or 0.0 for row in rows)
+    yield f"{saved} saved, {len(failed)} failed; training waited {format_duration(waited)} for them in all."
+    if failed:
+        yield "\n".join(f"- step {event['step']}: {event['message']}" for event in failed)
 
 
 def _data(facts: RunFacts) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import checkpoint_ranks as ranks
 import pytest
+import torch
 from checkpoint_cases import found, history, names, new_run, next_attempt, save, tree
 from conftest import REPOSITORY
 from rank_pool import RankPool
@@ -242,3 +244,32 @@ def test_synchronous_saves_report_in_the_same_way(attempt: Attempt) -> None:
     bench.saver.finish()
     assert bench.writers == []
     assert found(attempt.run) == (1, [], [])
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), float("nan")])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_state_that_json_cannot_hold_costs_one_save(attempt: Attempt, mode: str, value: object) -> None:
+    bench = Bench(attempt, mode=mode)
+    with contextlib.closing(bench.saver):
+        bench.saver.begin(1, ranks.entries_of(ranks.spread_state("single", ranks.reference(1))), {"cursor": value})
+        bench.saver.before_update()
+        with pytest.raises(CheckpointError, match="JSON"):
+            bench.saver.finish()
+        bench.save(2)
+    assert bench.kinds() == [("checkpoint-failed", 1), ("checkpoint", 2)]
+
+
+def test_memory_that_cannot_be_had_costs_saves_and_not_the_run(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(size: int) -> Arena:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    bench = Bench(attempt)
+    with contextlib.closing(bench.saver):
+        with monkeypatch.context() as patch:
+            patch.setattr(Arena, "make", staticmethod(none_left))
+            bench.saver.prepare(ranks.entries_of(ranks.spread_state("single", ranks.reference(1))))
+            bench.begin(1)
+            with pytest.raises(CheckpointError, match="Cannot allocate memory"):
+                bench.saver.finish()
+        bench.save(2)
+    assert found(attempt.run) == (2, [], [])

@@ -98,6 +98,19 @@ def test_password_of_the_tracker_is_not_in_the_report(tmp_path: Path) -> None:
     assert "https://host" in text
 
 
+def test_saves_that_failed_and_the_time_training_waited_are_told(tmp_path: Path) -> None:
+    run, attempt, _ = new_run(tmp_path)
+    train(attempt, 1, 20)
+    finish(run, attempt)
+    attempt.record_event("checkpoint", step=10, path="step-00000010")
+    attempt.record_event("checkpoint-failed", step=15, message="No space left on device")
+    with open(attempt.metrics_path, "a") as file:
+        file.write('{"kind": "train", "step": 21, "time": 1.0, "loss": 1.0, "ckpt_stall_s": 2.5}\n')
+    text = write_report(run).read_text()
+    assert "1 saved, 1 failed; training waited 2.5s for them in all." in text
+    assert "- step 15: No space left on device" in text
+
+
 @pytest.mark.parametrize("length", [1, 10, 1000])
 def test_smoothed_curve_does_not_lag_behind_a_straight_line(length: int) -> None:
     line = [3.0 * index for index in range(length)]

@@ -88,7 +88,9 @@ class Saver:
     def prepare(self, entries: Sequence[TensorEntry]) -> None:
         """Takes the host memory and starts the writer ahead of the first save; without it that save waits for both."""
         if self._cfg.mode == "async":
-            self._make_ready(plan_writes(entries, 0, self._ranks.rank, {}).part.num_bytes)
+            # What cannot be had now may be there at the first save, which says so if it is not.
+            with contextlib.suppress(OSError):
+                self._make_ready(plan_writes(entries, 0, self._ranks.rank, {}).part.num_bytes)
 
     def begin(self, step: int, entries: Sequence[TensorEntry], state: Mapping[str, Any]) -> None:
         """Starts a save. The tensors must not change before `before_update` has returned.
@@ -205,10 +207,12 @@ class Saver:
         assert writer is not None
 
         def hand_over(failure: Exception | None) -> None:
-            if failure is None:
+            try:
+                if failure is not None:
+                    raise failure
                 writer.order(order)
-            else:
-                save.answer = Answer({}, describe(failure, "copying the state", self._ranks.rank), 0.0)
+            except Exception as error:
+                save.answer = Answer({}, describe(error, "copying the state", self._ranks.rank), 0.0)
 
         snapshot.begin(writes, hand_over)
 

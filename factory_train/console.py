@@ -53,6 +53,8 @@ class ProgressView:
             self._print(f"{'resume':<10}  from step {event['step']} ({event['checkpoint']})")
         elif kind == "checkpoint-skipped":
             self._print(f"{'warning':<10}  checkpoint {event['message']}")
+        elif kind == "checkpoint" and event.get("warning"):
+            self._print(f"{'warning':<10}  checkpoint of step {event['step']}: {event['warning']}")
         elif kind == "checkpoint-failed":
             fix = f"; {event['fix']}" if event.get("fix") else ""
             self._print(f"{'warning':<10}  no checkpoint of step {event['step']}, training goes on: {event['message']}{fix}")

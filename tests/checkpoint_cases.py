@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoint_ranks as ranks
 
+from factory_train.checkpoint.arena import Arena
+from factory_train.checkpoint.saver import Saver
+from factory_train.checkpoint.writer import WriterProcess
 from factory_train.config import Config
 from factory_train.run_dir import Attempt, RunDir
 
@@ -49,3 +55,42 @@ def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1 << (position % 8)
     path.write_bytes(data)
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+class Bench:
+    """A saver of one rank with a real writer process, and a state to save.
+
+    Args:
+        module: what the writer process runs.
+    """
+
+    def __init__(self, attempt: Attempt, module: str = "factory_train.checkpoint.writer", **settings: Any) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.writers: list[WriterProcess] = []
+
+        def start(arena: Arena) -> WriterProcess:
+            self.writers.append(WriterProcess(arena, module))
+            return self.writers[-1]
+
+        self.saver: Saver = ranks.make_saver(0, 1, attempt, start, events=self.events, **settings)
+
+    def begin(self, step: int) -> None:
+        """Begins to save `reference(step)`, and changes it as soon as that is allowed."""
+        state = ranks.spread_state("single", ranks.reference(step))
+        self.saver.begin(step, ranks.entries_of(state), {"step": step, "seed": step})
+        self.saver.before_update()
+        ranks.spoil(state)
+
+    def save(self, step: int) -> None:
+        self.begin(step)
+        self.saver.finish()
+
+    def kinds(self) -> list[tuple[str, int]]:
+        return [(kind, facts["step"]) for kind, facts in self.events]

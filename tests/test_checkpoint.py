@@ -197,6 +197,13 @@ def test_manifest_survives_encoding(saved_by: dict[str, RunDir]) -> None:
     assert Manifest.decode(raw, "here").encode() == raw
 
 
+def test_the_oldest_checkpoint_still_loads(attempt: Attempt) -> None:
+    """tests/data/checkpoint-v1 was written by the first version of the format: `reference(7)` by two FSDP2 ranks."""
+    attempt.run.checkpoints.mkdir()
+    shutil.copytree(REPOSITORY / "tests/data/checkpoint-v1", attempt.run.checkpoints / "step-00000007")
+    assert found(attempt.run) == (7, [], [])
+
+
 # --- many chunks
 
 NUM_ROWS = 6144

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from conftest import REPOSITORY
 from factory_train import cli
 from factory_train.checkpoint.catalog import list_checkpoints
 from factory_train.checkpoint.reader import CheckpointReader
+from factory_train.commands.progress_bar import ProgressBar
 from factory_train.run_dir import RunDir
 
 
@@ -137,3 +139,17 @@ def test_all_but_diff_works_without_torch(run: RunDir) -> None:
     ):
         done = subprocess.run([sys.executable, "-c", program, "checkpoint", *words], env=environ, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_how_far_verification_is_and_the_line_goes_when_it_is_done(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with ProgressBar("verify x", 4000) as bar:
+        bar.add(1000)
+        assert "verify x  [######                  ]  25%  1.00kB of 4.00kB" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\x1b[K")

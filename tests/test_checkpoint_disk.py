@@ -13,8 +13,7 @@ from pathlib import Path
 import checkpoint_ranks as ranks
 import command
 import pytest
-from checkpoint_cases import found, history, names, next_attempt, tree
-from test_checkpoint_saver import Bench, until
+from checkpoint_cases import Bench, found, history, names, next_attempt, tree, until
 
 from factory_train.checkpoint.files import DurableFiles
 from factory_train.errors import CheckpointError

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import checkpoint_ranks as ranks
 import pytest
-from checkpoint_cases import flip, found, names, next_attempt, save, tree
+from checkpoint_cases import Bench, flip, found, names, next_attempt, save, tree
 from conftest import REPOSITORY
 from rank_pool import RankPool
 
@@ -124,6 +125,24 @@ def test_the_only_good_one_is_never_removable(attempt: Attempt) -> None:
 
     assert [info.step for info in removable(attempt.run, Retention(keep_last=1), is_good)] == [1]
     assert asked == [3, 2]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_make_the_new_one_a_failure(attempt: Attempt) -> None:
+    saved_with_metrics(attempt, {1: None, 2: None})
+
+    def hook(when: str, action: str, path: Path) -> None:
+        if action == "rename" and ".removed-" in path.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    bench = Bench(attempt, mode="sync", keep_last=1)
+    bench.saver._files = DurableFiles(hook)
+    bench.save(3)
+    ((kind, facts),) = bench.events
+    assert (kind, facts["warning"]) == ("checkpoint", "old checkpoints could not be removed: Permission denied")
+    assert [info.step for info in list_checkpoints(attempt.run)] == [3, 2, 1]
+    bench.saver._files = DurableFiles()
+    bench.save(4)
+    assert [info.step for info in list_checkpoints(attempt.run)] == [4]
 
 
 # --- readers

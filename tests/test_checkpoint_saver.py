@@ -11,55 +11,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import checkpoint_ranks as ranks
 import pytest
 import torch
-from checkpoint_cases import found, history, names, new_run, next_attempt, save, tree
+from checkpoint_cases import Bench, found, history, names, new_run, next_attempt, save, tree, until
 from conftest import REPOSITORY
 from rank_pool import RankPool
 
 from factory_train.checkpoint.arena import Arena
-from factory_train.checkpoint.saver import Saver
-from factory_train.checkpoint.writer import WriterProcess
 from factory_train.errors import CheckpointError, FencedError
 from factory_train.run_dir import Attempt, process_started_at
 
 TESTS = Path(__file__).parent
-Events = list[tuple[str, dict[str, Any]]]
-
-
-class Bench:
-    """A saver of one rank with a real writer process, and a state to save.
-
-    Args:
-        module: what the writer process runs.
-    """
-
-    def __init__(self, attempt: Attempt, module: str = "factory_train.checkpoint.writer", **settings: Any) -> None:
-        self.events: Events = []
-        self.writers: list[WriterProcess] = []
-
-        def start(arena: Arena) -> WriterProcess:
-            self.writers.append(WriterProcess(arena, module))
-            return self.writers[-1]
-
-        self.saver: Saver = ranks.make_saver(0, 1, attempt, start, events=self.events, **settings)
-
-    def begin(self, step: int) -> None:
-        """Begins to save `reference(step)`, and changes it as soon as that is allowed."""
-        state = ranks.spread_state("single", ranks.reference(step))
-        self.saver.begin(step, ranks.entries_of(state), {"step": step, "seed": step})
-        self.saver.before_update()
-        ranks.spoil(state)
-
-    def save(self, step: int) -> None:
-        self.begin(step)
-        self.saver.finish()
-
-    def kinds(self) -> list[tuple[str, int]]:
-        return [(kind, facts["step"]) for kind, facts in self.events]
 
 
 @pytest.fixture
@@ -76,13 +40,6 @@ def slow(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     bench = Bench(attempt, "slow_writer")
     with contextlib.closing(bench.saver):
         yield bench
-
-
-def until(condition: Any, timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def writing(attempt: Attempt) -> bool:
@@ -210,7 +167,7 @@ import sys, time
 from pathlib import Path
 import checkpoint_ranks as ranks
 from factory_train.run_dir import Attempt, RunDir
-from test_checkpoint_saver import Bench
+from checkpoint_cases import Bench
 bench = Bench(Attempt(RunDir(Path(sys.argv[1])), 1), "slow_writer")
 bench.begin(1)
 print(bench.writers[0].pid, flush=True)

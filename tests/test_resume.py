@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -146,3 +147,43 @@ def test_a_signal_saves_and_the_same_command_continues(folder: Path, signum: int
     assert done.returncode == 0, done.stderr
     steps = [row["step"] for row in train_rows(folder, name)]
     assert steps == list(range(1, verdict.step + 3))
+
+
+RESUME_WITHOUT_PICKLE = """
+import pickle, sys
+from pathlib import Path
+import torch
+from factory_train.launchers.job import WorkerEnv
+from factory_train.preemption import StopSignal
+from factory_train.recipes.pretrain import train
+from factory_train.run_dir import RunDir
+
+def refuse(*args, **kwargs):
+    raise AssertionError("something was unpickled")
+
+run = RunDir.open(Path(sys.argv[1]))
+config = run.attempts()[0].config()
+config.train.steps += 2
+attempt = run.new_attempt(config)
+class Unpickler(pickle.Unpickler):
+    # Other classes inherit from it when they are imported; none is to be used.
+    __init__ = refuse
+
+pickle.load = pickle.loads = torch.load = refuse
+pickle.Unpickler = Unpickler
+assert train(config, attempt, WorkerEnv(str(run.path), attempt.number), StopSignal()) == 0
+print(attempt.events()[0]["event"], attempt.events()[0]["step"], run.metrics()[-1]["step"])
+"""
+
+
+@pytest.mark.cluster
+def test_a_run_resumes_while_everything_that_unpickles_raises(folder: Path) -> None:
+    settings = ("parallel=single", "launcher.tasks_per_node=1", "train.steps=4")
+    done = command.run(*words("unpickled", *settings), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    run = folder / "runs/llama_fsdp-unpickled"
+    done = subprocess.run(
+        [sys.executable, "-c", RESUME_WITHOUT_PICKLE, str(run)], env=command.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["resume", "4", "6"]

@@ -25,11 +25,13 @@ class Committed:
         name: the checkpoint's folder.
         num_bytes: of all its files but the manifest.
         removed: older checkpoints that went.
+        warning: why older ones that should have gone are still there; empty when they went.
     """
 
     name: str
     num_bytes: int
     removed: list[str]
+    warning: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +73,11 @@ def commit(attempt: Attempt, step: int, writers: Sequence[str], retention: Reten
     attempt.check_fence("moving the pointer to the latest checkpoint")
     files.point(target.parent / LATEST_NAME, target.name)
     total = sum(record.bytes for record in contents.files.values())
-    return Committed(target.name, total, retain(attempt, retention, files))
+    try:
+        return Committed(target.name, total, retain(attempt, retention, files))
+    except OSError as error:
+        # The new one is there all the same; the next save tries again.
+        return Committed(target.name, total, [], f"old checkpoints could not be removed: {error.strerror or error}")
 
 
 def _give_name(attempt: Attempt, draft: Path, manifest: Manifest, files: DurableFiles) -> Path:

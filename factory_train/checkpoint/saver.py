@@ -309,6 +309,7 @@ class Saver:
                 mode=self._cfg.mode,
                 num_bytes=done["num_bytes"],
                 removed=done["removed"],
+                warning=done["warning"],
                 seconds=time.monotonic() - save.began,
                 stall_s=self._stall_s - save.stall_before_s,
             )

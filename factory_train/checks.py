@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from factory_train.config import Config, flatten, schema_keys
 from factory_train.errors import ConfigError, did_you_mean
+from factory_train.registries import ALL as REGISTRIES
 from factory_train.schema import leaves
 
 # Bytes 0-255 and the end-of-text token.
@@ -22,6 +23,7 @@ _POSITIVE = (
     "model.num_layers",
     "model.num_heads",
     "model.num_kv_heads",
+    "model.head_dim",
     "model.ffn_dim",
     "model.max_seq_len",
     "model.rope_theta",
@@ -91,7 +93,9 @@ def check_config(config: Config) -> None:
 
 
 def check_choices(config: Config) -> None:
-    """Checks that every key with a list of allowed words holds one of them.
+    """Checks that every key with a list of allowed words, or with a registry of names, holds one of them.
+
+    Names of plugins count once these are imported.
 
     Raises:
         ConfigError: it does not.
@@ -103,6 +107,8 @@ def check_choices(config: Config) -> None:
             guess = did_you_mean(str(value), key.choices)
             fix = f"did you mean {key.name}={guess}?" if guess else f"{key.name}={key.choices[0]}"
             raise ConfigError(f"'{value}' is not one of: {' '.join(key.choices)}", where=key.name, fix=fix)
+    for registry in REGISTRIES:
+        registry.check(values[registry.key])
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -219,17 +225,25 @@ def _check_numbers(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model = config.model
-    if model.dim % model.num_heads:
+    if model.head_dim is None and model.dim % model.num_heads:
         raise ConfigError(
             f"width {model.dim} does not divide into {model.num_heads} heads",
             where="model.dim",
             fix=f"model.dim={_nearest_multiple(model.dim, 2 * model.num_heads)}",
         )
-    if (model.dim // model.num_heads) % 2:
+    if model.head_width % 2:
+        key, near = ("dim", (model.dim, 2 * model.num_heads)) if model.head_dim is None else ("head_dim", (model.head_dim, 2))
         raise ConfigError(
-            f"rotary embeddings need an even head width, this one is {model.dim // model.num_heads}",
-            where="model.dim",
-            fix=f"model.dim={_nearest_multiple(model.dim, 2 * model.num_heads)}",
+            f"rotary embeddings need an even head width, this one is {model.head_width}",
+            where=f"model.{key}",
+            fix=f"model.{key}={_nearest_multiple(*near)}",
+        )
+    if model.architecture == "llama" and model.qkv_bias and model.qk_norm:
+        # Every run ends with an export, and days of training should not end with its refusal.
+        raise ConfigError(
+            "the model could not be exported: no Hugging Face architecture has a bias of queries, keys and values, and norms of them too",
+            where="model.qkv_bias",
+            fix="model.qkv_bias=false as in Qwen3, or model.qk_norm=false as in Qwen2",
         )
     if model.num_heads % model.num_kv_heads:
         divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
@@ -251,7 +265,7 @@ def _check_data(config: Config) -> None:
     data = config.data
     if data.name == "text" and data.path is None:
         raise ConfigError("data.name=text needs a file", where="data.path", fix="data.path=FILE, or data=builtin")
-    if data.name != "text" and data.path is not None:
+    if data.name == "builtin" and data.path is not None:
         raise ConfigError(
             f"data.name={data.name} reads no file, and data.path names one", where="data.path", fix="data=text, or data.path=null"
         )

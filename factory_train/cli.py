@@ -24,6 +24,7 @@ VERBS = {
     "stop": "save, then end a run",
     "resume": "continue a run from its newest checkpoint",
     "evaluate": "measure a run's model on its validation text",
+    "generate": "continue a prompt with a run's model",
     "checkpoint": "list, verify, show, diff, prune and mark checkpoints",
     "export": "write a run's model in Hugging Face layout",
     "sync": "send what MLflow has not seen yet",

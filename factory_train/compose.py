@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from factory_train import checks
+from factory_train import checks, plugins
 from factory_train.config import Config, flatten, from_mapping
 from factory_train.errors import ConfigError
 from factory_train.overrides import Assignment, Choice, HydraSetting, Override, parse, unknown_option
@@ -79,8 +79,9 @@ def compose_run(overrides: Sequence[str], config_dir: str | None = None) -> Comp
     composed = _hydra_compose("config", [item.text for item in parsed if isinstance(item, (Choice, HydraSetting))], config_dir)
     if OmegaConf.is_missing(composed, "recipe"):
         composed.recipe = recipe
-    groups_only = _finish(composed.copy(), choices)
-    config = _finish(composed, parsed)
+    # First with every word, for names in the groups' files may be those of plugins that a word brings.
+    config = _finish(composed.copy(), parsed)
+    groups_only = _finish(composed, choices)
     return Composition(config, groups_only, tuple(item.text for item in choices if item.group != "recipe"))
 
 
@@ -159,6 +160,7 @@ def _finish(composed: Any, parsed: Sequence[Override]) -> Config:
     config: Config = from_mapping({str(key): value for key, value in values.items()})
     config = _with_text_for_path(config, parsed)
     _make_paths_absolute(config)
+    plugins.load(config.plugins)
     checks.check_choices(config)
     return config
 
@@ -175,11 +177,11 @@ def _assign(composed: Any, key: str, value: Any) -> None:
 
 
 def _with_text_for_path(config: Config, parsed: Sequence[Override]) -> Config:
-    """`data.path=FILE` alone means that file; next to an explicit data source it is left for the checks to judge."""
+    """`data.path=FILE` alone means that file; next to another data source it is left for the checks to judge."""
     explicit = any(
         (isinstance(item, Choice) and item.group == "data") or (isinstance(item, Assignment) and item.key == "data.name") for item in parsed
     )
-    if config.data.path is None or explicit:
+    if config.data.path is None or explicit or config.data.name != "builtin":
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, name="text"))
 

@@ -42,12 +42,15 @@ class ModelConfig:
     """A Llama-family decoder."""
 
     name: str = setting("llama_tiny", "name of the preset, for people")
-    architecture: str = setting("llama", "which model class to build", choices=("llama",))
+    architecture: str = setting("llama", "which model class to build")
     vocab_size: Optional[int] = setting(None, "rows of the embedding; null takes the tokenizer's vocabulary")
     dim: int = setting(128, "width of the residual stream")
     num_layers: int = setting(4, "number of decoder layers")
     num_heads: int = setting(4, "number of query heads")
     num_kv_heads: int = setting(4, "number of key and value heads; fewer than num_heads is grouped-query attention")
+    head_dim: Optional[int] = setting(None, "width of a head; null is dim / num_heads")
+    qkv_bias: bool = setting(False, "add a bias to queries, keys and values, as Qwen2 does")
+    qk_norm: bool = setting(False, "normalise each head's queries and keys before they are rotated, as Qwen3 does")
     ffn_dim: int = setting(384, "width of the SwiGLU feed-forward layer")
     max_seq_len: int = setting(2048, "longest context the model is meant for, in tokens")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
@@ -56,12 +59,17 @@ class ModelConfig:
     tie_embeddings: bool = setting(True, "use the input embedding as the output head too")
     init_std: float = setting(0.02, "standard deviation of the initial weights")
 
+    @property
+    def head_width(self) -> int:
+        """Channels of one head."""
+        return self.head_dim or self.dim // self.num_heads
+
 
 @dataclass
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    name: str = setting("builtin", "builtin: this Python's standard library; text: the file at data.path", choices=("builtin", "text"))
+    name: str = setting("builtin", "builtin: this Python's standard library; text: the file at data.path")
     path: Optional[str] = setting(None, "a UTF-8 text file to train on; setting it selects data.name=text")
     tokenizer: str = setting("bpe", "bpe is trained on the training split", choices=("bpe", "byte", "char"))
     vocab_size: int = setting(4096, "vocabulary of the trained BPE tokenizer, at most")
@@ -77,6 +85,7 @@ class TrainConfig:
     seq_len: int = setting(256, "length of a training row, in tokens")
     global_batch_tokens: int = setting(4096, "target tokens of one optimizer step over all ranks")
     micro_batch_size: int = setting(4, "rows a rank processes at once; accumulation follows from it", safe=True)
+    loss: str = setting("cross_entropy", "what training minimises; validation is always the cross-entropy")
     seed: int = setting(1234, "fixes initial weights and sample order")
     log_every: int = setting(10, "steps between progress lines", safe=True)
     validate_every: int = setting(100, "steps between validations; 0 validates at the end only", safe=True)
@@ -89,14 +98,14 @@ class TrainConfig:
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
-    name: str = setting("adamw", "which optimizer to build", choices=("adamw",))
+    name: str = setting("adamw", "which optimizer to build")
     lr: float = setting(3e-3, "peak learning rate")
     beta1: float = setting(0.9, "decay of the first moment")
     beta2: float = setting(0.95, "decay of the second moment")
     eps: float = setting(1e-8, "added to the root of the second moment")
     weight_decay: float = setting(0.1, "decoupled decay of matrices; norms are not decayed")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns clipping off")
-    schedule: str = setting("wsd", "shape after warm-up", choices=("wsd", "cosine", "linear", "constant"))
+    schedule: str = setting("wsd", "shape after warm-up")
     warmup_steps: int = setting(20, "steps of linear warm-up")
     decay_fraction: float = setting(0.3, "part of the run that wsd spends decaying")
     min_lr_ratio: float = setting(0.0, "final learning rate as a part of the peak")
@@ -191,8 +200,9 @@ class Config:
 
     recipe: str = setting("???", "name of the recipe in configs/recipe/")
     program: str = setting("pretrain", "module of recipes/ that runs it", choices=("pretrain",))
+    plugins: list[str] = setting([], "packages imported in every process, for the names they register (docs/extending.md)")
     run: Optional[str] = setting(None, "names the run: the same command with the same run= continues it")
-    init_from: Optional[str] = setting(None, "start from the weights of another run: RUN, or RUN@STEP")
+    init_from: Optional[str] = setting(None, "start from other weights: those of RUN or RUN@STEP, or of the Hugging Face folder in hf:PATH")
     init_strict: bool = setting(True, "false takes the weights that fit and leaves the others at their initial values")
     runs_root: Optional[str] = setting(None, "folder of all runs; null is $FACTORY_TRAIN_RUNS, else ./runs", safe=True)
     wait: bool = setting(True, "false returns as soon as the job is started", safe=True)

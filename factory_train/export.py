@@ -10,12 +10,20 @@ import torch
 
 from factory_train import storage
 from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
+from factory_train.config import ModelConfig
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
+from factory_train.errors import ConfigError
 from factory_train.evaluation.evaluate import Evaluation, run_config
 from factory_train.models.hf import write_hf_folder
+from factory_train.registries import ARCHITECTURES
 from factory_train.run_dir import Attempt, RunDir
 
 EXPORT_FORMAT_VERSION = 1
+
+
+def can_export(model: ModelConfig) -> bool:
+    """Returns whether transformers has a model of this architecture; those of plugins it cannot know."""
+    return ARCHITECTURES.is_builtin(model.architecture)
 
 
 def export_run(run: RunDir, *, step: int | None = None, out: Path | None = None, dtype: str = "float32") -> Path:
@@ -27,8 +35,17 @@ def export_run(run: RunDir, *, step: int | None = None, out: Path | None = None,
         step: which checkpoint; None is the newest that verifies.
         out: target folder; None is `export/` of the run.
         dtype: number format of the weights.
+
+    Raises:
+        ConfigError: there is no such layout for the architecture.
     """
     cfg, manifest = run_config(run), DataManifest.load(run.data)
+    if not can_export(cfg.model):
+        raise ConfigError(
+            f"architecture '{cfg.model.architecture}' is a plugin's and has no Hugging Face layout",
+            where=run.name,
+            fix="read the weights from the checkpoint: docs/checkpoint-format.md",
+        )
     reader = open_checkpoint(run, step)
     folder = out or run.export
     write_hf_folder(

@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Mapping
 
 from factory_train.compose import groups
-from factory_train.config import schema_keys
+from factory_train.config import Key, schema_keys
 from factory_train.errors import ExitCode
+from factory_train.registries import names_for
 from factory_train.schema import leaves
 
 _EXAMPLES = (
@@ -41,7 +42,7 @@ def overview(verbs: Mapping[str, str]) -> str:
     lines += ["", "groups (group=option)"]
     lines += _columns([(group, " ".join(options)) for group, options in groups().items()], width)
     lines += ["", "keys (key=value), with their defaults before a recipe's values"]
-    lines += _columns([(f"{key.name}={_shown(key.name)}", _explained(key.help, key.choices)) for key in schema_keys()], width)
+    lines += _columns([(f"{key.name}={_shown(key.name)}", _explained(key)) for key in schema_keys()], width)
     codes = [f"{code.value} {code.name.lower().replace('_', ' ')}" for code in ExitCode]
     lines += ["", *textwrap.wrap(f"exit codes: {', '.join(codes)}", width)]
     return "\n".join(lines)
@@ -52,8 +53,9 @@ def _shown(key: str) -> str:
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def _explained(help_line: str, choices: tuple[str, ...]) -> str:
-    return f"{help_line} [{'|'.join(choices)}]" if choices else help_line
+def _explained(key: Key) -> str:
+    words = key.choices or names_for(key.name)
+    return f"{key.help} [{'|'.join(words)}]" if words else key.help
 
 
 def _columns(rows: list[tuple[str, str]], width: int) -> list[str]:

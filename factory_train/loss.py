@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
+from factory_train.config import TrainConfig
 from factory_train.data.loader import IGNORE_INDEX
+from factory_train.registries import LOSSES
 
 
 def summed_cross_entropy(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
@@ -22,3 +26,8 @@ def summed_cross_entropy(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> 
     return F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
+
+
+def training_loss(cfg: TrainConfig) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Returns what `train.loss` names: called like `summed_cross_entropy`, and a sum as it is; raises ConfigError."""
+    return LOSSES.get(cfg.loss)

@@ -59,17 +59,20 @@ class Memory:
 def layer_activation_bytes(model: ModelConfig, *, compute: str, autocast: bool, device: str) -> int:
     """Returns the bytes that one layer keeps for its backward pass, a token.
 
-    With h the width, k that of keys and values, f that of the feed-forward: the inputs of both norms (2h), their outputs
-    (2h), queries and attention output (2h), keys and values (2k), gate, its activation, up and their product (4f).
+    With h the width, q that of queries, k that of keys and of values, f that of the feed-forward: the inputs of both norms
+    (2h), their outputs (2h), queries and attention output (2q), keys and values (2k), gate, its activation, up and their
+    product (4f). Norms of queries and keys keep what they read (q + k).
     """
-    kv_dim = model.dim // model.num_heads * model.num_kv_heads
+    q_dim, kv_dim = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
     size = BYTES[compute]
     wide = max(size, 4)
     # Under autocast the residual stream stays in fp32; norms on a CPU keep a float32 copy of their input.
     stream = wide if autocast or device == "cpu" else size
-    kept = 2 * model.dim * stream + (4 * model.dim + 2 * kv_dim + 4 * model.ffn_dim) * size
+    kept = 2 * model.dim * stream + (2 * model.dim + 2 * q_dim + 2 * kv_dim + 4 * model.ffn_dim) * size
+    head_norms = q_dim + kv_dim if model.qk_norm else 0
+    kept += head_norms * (wide if device == "cpu" else size)
     # Only the fused norm of CUDA does without the normalised value itself.
-    return kept + (2 * model.dim * wide if device == "cpu" else 0)
+    return kept + ((2 * model.dim + head_norms) * wide if device == "cpu" else 0)
 
 
 def estimate_memory(

@@ -28,9 +28,11 @@ class ParameterCount:
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
     """Counts the parameters of a model without building it."""
-    kv_dim = model.dim // model.num_heads * model.num_kv_heads
-    layer_matmul = 2 * model.dim * model.dim + 2 * model.dim * kv_dim + 3 * model.dim * model.ffn_dim
-    layer = layer_matmul + 2 * model.dim
+    q_dim, kv_dim = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
+    layer_matmul = 2 * model.dim * (q_dim + kv_dim) + 3 * model.dim * model.ffn_dim
+    biases = q_dim + 2 * kv_dim if model.qkv_bias else 0
+    head_norms = 2 * model.head_width if model.qk_norm else 0
+    layer = layer_matmul + biases + head_norms + 2 * model.dim
     table = vocab_size * model.dim
     root = table + model.dim + (0 if model.tie_embeddings else table)
     return ParameterCount(model.num_layers * layer + root, model.num_layers * layer_matmul + table, table, layer, root)
@@ -51,4 +53,5 @@ def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> float:
     MFU = FLOPs per token x tokens per second / (devices x dense bf16 peak of one), and is stated only where that peak
     is known.
     """
-    return 6.0 * count_parameters(model, vocab_size).matmul + 12.0 * model.num_layers * model.dim * seq_len
+    attention = 12.0 * model.num_layers * model.num_heads * model.head_width * seq_len
+    return 6.0 * count_parameters(model, vocab_size).matmul + attention

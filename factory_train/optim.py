@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 from factory_train.config import OptimConfig
 from factory_train.distributed.box import local_tensor
+from factory_train.registries import OPTIMIZERS
 
 
 class Optimizer(Protocol):
@@ -38,7 +39,7 @@ class Optimizer(Protocol):
         ...
 
     def state(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
-        """Returns the canonical state: `exp_avg` and `exp_avg_sq`, each by parameter name, shaped like the local shards."""
+        """Returns the canonical state by kind ("exp_avg") and parameter name; each tensor is shaped like the local shard."""
         ...
 
     def step_count(self) -> int:
@@ -127,9 +128,7 @@ class AdamW:
             steps.fill_(count)
 
 
-OPTIMIZERS = {"adamw": AdamW}
-
-
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
-    """Returns the optimizer that `optim.name` names, over the parameters of `model`."""
-    return OPTIMIZERS[cfg.name](model, cfg)
+    """Returns the optimizer that `optim.name` names, over the parameters of `model`; raises ConfigError."""
+    optimizer: Optimizer = OPTIMIZERS.get(cfg.name)(model, cfg)
+    return optimizer

@@ -14,7 +14,7 @@ from factory_train.errors import ConfigError, did_you_mean
 from factory_train.schema import leaves, sections
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,10 @@ def _needs_multirun(name: str, raw: str) -> ConfigError:
     return ConfigError(f"{name} has several values ({raw})", fix=f"--multirun for one run each, or quotes for one text: {name}=\"'{raw}'\"")
 
 
+def _not_a_list(name: str, raw: str) -> ConfigError:
+    return ConfigError(f"{raw!r} is not a list of names", where=name, fix=f"{name}=[{raw.strip('[]')}]")
+
+
 def _parse_value(name: str, raw: str) -> Any:
     """Returns the value Hydra's grammar sees in `raw`; for keys that hold text, the text as it stands."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -147,7 +151,7 @@ def _parse_value(name: str, raw: str) -> Any:
             return raw
         raise ConfigError(f"cannot read the value {raw!r}", where=name, fix=f"quote it: {name}=\"'{raw}'\"") from error
     if parsed.is_sweep_override():
-        raise _needs_multirun(name, raw)
+        raise _not_a_list(name, raw) if name in leaves() and leaves()[name].type is list else _needs_multirun(name, raw)
     # The quotes are inside `_value`; `value()` has already dropped them.
     if is_text and not isinstance(parsed._value, QuotedString) and parsed.value() is not None:
         return raw.strip()
@@ -169,6 +173,10 @@ def _convert(key: str, value: Any, raw: str) -> Any:
             return None
     elif isinstance(value, str) and "${" in value:
         return value
+    elif leaf.type is list:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        raise _not_a_list(key, raw)
     elif leaf.type is bool:
         if str(value).lower() in _YES + _NO:
             return str(value).lower() in _YES

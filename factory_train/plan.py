@@ -14,6 +14,7 @@ from factory_train.errors import PreflightError
 from factory_train.hardware import Hardware
 from factory_train.memory import BYTES, Memory, estimate_memory
 from factory_train.model_size import ParameterCount, count_parameters, flops_per_token
+from factory_train.registries import ARCHITECTURES
 from factory_train.units import format_bytes, format_count
 
 # Ranks of a machine without cards, unless launcher.tasks_per_node says otherwise.
@@ -54,7 +55,8 @@ class Plan:
         hardware: name of what it runs on.
         device: "cuda" or "cpu".
         device_memory_bytes: memory a rank may take; None when unknown.
-        peak_flops: dense bf16 peak of one device in FLOP/s; None when unknown.
+        peak_flops: dense bf16 peak of one device in FLOP/s; None when unknown, or when FLOPs are.
+        like_llama: counts are those of a Llama of the same dimensions, for the architecture is a plugin's.
         fits: whether the estimate is within the device's memory; None when that is unknown.
         remedies: overrides that would make it fit, when it does not.
     """
@@ -87,6 +89,7 @@ class Plan:
     device: str
     device_memory_bytes: int | None
     peak_flops: float | None
+    like_llama: bool
     fits: bool | None
     remedies: tuple[str, ...]
 
@@ -114,6 +117,8 @@ class Plan:
             "memory": f"about {format_bytes(self.memory.total)} a rank{of_device} ({self._memory_parts()})",
             "checkpoint": format_bytes(self.checkpoint_bytes),
         }
+        if self.like_llama:
+            rows["note"] = "parameters, FLOPs, memory and checkpoint as of a Llama of these dimensions: the architecture is a plugin's"
         width = max(map(len, rows))
         return [f"{name:<{width}}  {text}" for name, text in rows.items()]
 
@@ -190,6 +195,7 @@ def _derive(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool)
     memory = estimate_memory(
         cfg, count, vocab_size, world_size=world_size, dp_shard=dp_shard, grad_accum_steps=rounds, device=hardware.device
     )
+    like_llama = not ARCHITECTURES.is_builtin(cfg.model.architecture)
     available = hardware.memory_bytes
     if available is not None and hardware.device == "cpu":
         available //= tasks_per_node
@@ -221,7 +227,9 @@ def _derive(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool)
         hardware=hardware.name,
         device=hardware.device,
         device_memory_bytes=available,
-        peak_flops=hardware.peak_flops,
+        # An MFU from another model's FLOPs would be a made-up number.
+        peak_flops=None if like_llama else hardware.peak_flops,
+        like_llama=like_llama,
         fits=None if available is None else memory.total <= available,
         remedies=(),
     )

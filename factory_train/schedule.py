@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from factory_train.config import OptimConfig
+from factory_train.registries import SCHEDULES
 
 
-def _wsd(progress: float, cfg: OptimConfig) -> float:
+def wsd(progress: float, cfg: OptimConfig) -> float:
     """Warmup-stable-decay: constant, then linear to the end over the last `decay_fraction` (Hu et al. 2024, MiniCPM)."""
     start = 1.0 - cfg.decay_fraction
     return 1.0 if progress <= start else (1.0 - progress) / cfg.decay_fraction
 
 
-def _cosine(progress: float, cfg: OptimConfig) -> float:
+def cosine(progress: float, cfg: OptimConfig) -> float:
     """Half a cosine (Loshchilov and Hutter 2017)."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _linear(progress: float, cfg: OptimConfig) -> float:
+def linear(progress: float, cfg: OptimConfig) -> float:
+    """A straight line to the end."""
     return 1.0 - progress
 
 
-def _constant(progress: float, cfg: OptimConfig) -> float:
+def constant(progress: float, cfg: OptimConfig) -> float:
+    """The peak, to the end."""
     return 1.0
-
-
-SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {"wsd": _wsd, "cosine": _cosine, "linear": _linear, "constant": _constant}
 
 
 def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
@@ -41,5 +40,5 @@ def learning_rate(step: int, total_steps: int, cfg: OptimConfig) -> float:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     # The first step after warm-up is at the peak; the shape reaches its floor one step past the last.
     progress = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
-    shape = SCHEDULES[cfg.schedule](min(progress, 1.0), cfg)
+    shape = SCHEDULES.get(cfg.schedule)(min(progress, 1.0), cfg)
     return cfg.lr * (cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * shape)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from factory_train.config import Config
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """Type and default of one key of the schema."""
+    """Type and default of one key of the schema; `list` is a list of text."""
 
     type: type
     optional: bool
@@ -35,13 +35,15 @@ def _schema() -> tuple[dict[str, Leaf], dict[str, Section]]:
         hints = get_type_hints(owner)
         for item in fields(owner):
             name, hint = prefix + item.name, hints[item.name]
+            is_list = get_origin(hint) is list
             parts = [part for part in get_args(hint) if part is not type(None)]
-            kind, optional = (parts[0], True) if parts else (hint, False)
+            kind, optional = (list, False) if is_list else (parts[0], True) if parts else (hint, False)
             if isinstance(kind, type) and is_dataclass(kind):
                 sections[name] = Section(kind, optional)
                 walk(kind, name + ".")
             else:
-                leaves[name] = Leaf(kind, optional, item.default)
+                default = item.default if item.default_factory is MISSING else item.default_factory()
+                leaves[name] = Leaf(kind, optional, default)
 
     walk(Config, "")
     return leaves, sections

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import factory_train
-from factory_train import storage
+from factory_train import plugins, storage
 from factory_train.run_dir import Attempt
 
 SNAPSHOT_FORMAT_VERSION = 1
@@ -25,13 +25,13 @@ _MAX_PATCH_BYTES = 16 * 2**20
 _GIT_TIMEOUT_S = 10.0
 
 
-def write_snapshot(attempt: Attempt, argv: Sequence[str]) -> None:
+def write_snapshot(attempt: Attempt, argv: Sequence[str], plugin_names: Sequence[str] = ()) -> None:
     """Writes `code.json`, and `code/diff.patch` where the package lies in a git checkout with changes.
 
     A missing git or an unreadable checkout leaves its fields null: lineage is worth having, not worth failing for.
     """
     with contextlib.suppress(OSError):
-        facts = describe_code(argv)
+        facts = describe_code(argv) | {"plugins": dict(_describe_plugins(plugin_names))}
         patch = _git("diff", "--binary", "HEAD") if facts["git_sha"] and facts["git_dirty"] else None
         if patch and len(patch) <= _MAX_PATCH_BYTES:
             storage.write_atomic(attempt.path / "code" / "diff.patch", patch)
@@ -55,6 +55,16 @@ def describe_code(argv: Sequence[str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": dict(_versions()),
     }
+
+
+def _describe_plugins(names: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields where each plugin was found, and the hash of its file or, for a package, of its folder."""
+    for name in names:
+        file = plugins.source_file(name)
+        if file is not None:
+            is_package = file.name == "__init__.py"
+            sha256 = tree_sha256(file.parent) if is_package else hashlib.sha256(file.read_bytes()).hexdigest()
+            yield name, {"file": str(file), "sha256": sha256}
 
 
 def tree_sha256(root: Path) -> str:

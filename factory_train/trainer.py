@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from factory_train.checkpoint import origin
 from factory_train.checkpoint.agreement import Ranks
 from factory_train.checkpoint.entries import TensorEntry, training_entries
 from factory_train.checkpoint.load import load_newest
-from factory_train.checkpoint.origin import Origin, load_origin
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.loader import IGNORE_INDEX, Cursor, TokenLoader, validation_batches
@@ -25,7 +25,7 @@ from factory_train.distributed.parallelize import parallelize
 from factory_train.distributed.step_reduction import StepFacts, StepReduction
 from factory_train.errors import CheckpointError, ConfigError, DivergenceError
 from factory_train.launchers.job import WorkerEnv
-from factory_train.loss import summed_cross_entropy
+from factory_train.loss import summed_cross_entropy, training_loss
 from factory_train.metrics_log import MetricsLog
 from factory_train.models.build import build_model
 from factory_train.optim import build_optimizer
@@ -73,6 +73,7 @@ class Trainer:
         self.model = parallelize(model, self.dims.build_mesh(device.type), cfg, device)
         self.parameters = dict(self.model.module.named_parameters())
         self.optimizer = build_optimizer(self.model.module, cfg.optim)
+        self.loss = training_loss(cfg.train)
         self.reduction = StepReduction(device, self.model.grad_copies)
         self.train_tokens = TokenStream(dataset, "train")
         self.validation_tokens = TokenStream(attempt.run.data, "validation")
@@ -147,7 +148,7 @@ class Trainer:
         for index, micro in enumerate(batch.micro_batches):
             tokens_BT, targets_BT = self._to_device(micro.tokens_BT), self._to_device(micro.targets_BT)
             with self.model.gradient_sync(index == last):
-                share = summed_cross_entropy(self.model(tokens_BT), targets_BT) / batch.num_targets
+                share = self.loss(self.model(tokens_BT), targets_BT) / batch.num_targets
                 share.backward()
             loss += share.detach()
         part_written, part_failed = self.saver.progress()
@@ -285,11 +286,11 @@ class Trainer:
         self.metrics.record_event("resume", step=self.step, checkpoint=loaded.path.name, optimizer=optimizer)
 
     def _initialize(self) -> None:
-        """Takes the weights of another run where the configuration names one."""
+        """Takes the weights of another run or of a Hugging Face folder, where the configuration names one."""
         if self.cfg.init_from is None:
             return
-        origin = Origin.parse(self.cfg.init_from)
-        kept = load_origin(origin, self._entries(), Ranks(self.env.rank, self.env.world_size), strict=self.cfg.init_strict)
+        source = origin.parse(self.cfg.init_from)
+        kept = origin.load_origin(source, self._entries(), Ranks(self.env.rank, self.env.world_size), strict=self.cfg.init_strict)
         more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
         rest = f"; {len(kept)} tensors keep their initial values: {', '.join(kept[:3])}{more}" if kept else ""
-        self.metrics.record_event("init", message=f"weights of {origin.title}{rest}", checkpoint=str(origin), left_alone=list(kept))
+        self.metrics.record_event("init", message=f"weights of {source.title}{rest}", checkpoint=str(source), left_alone=list(kept))

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from factory_train import plugins
 from factory_train.errors import ConfigError, ExitCode, FactoryTrainError, FencedError
 from factory_train.launchers.job import STAGES, WorkerEnv
 from factory_train.launchers.lifeline import end_with_launcher
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     _beat(attempt.heartbeat_path(env.rank))
     try:
         cfg = attempt.config()
+        plugins.load(cfg.plugins)
         program = importlib.import_module(f"factory_train.recipes.{cfg.program}")
         if stage == "train":
             return int(program.train(cfg, attempt, env, stop))

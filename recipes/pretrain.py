@@ -61,16 +61,20 @@ def finish(cfg: Config, attempt: Attempt) -> ExitCode:
     """Evaluates the last checkpoint, exports it, and writes the report and the registration intent."""
     from factory_train.distributed.runtime import configure_runtime
     from factory_train.evaluation.evaluate import evaluate_run
-    from factory_train.export import export_run, write_registration_intent
+    from factory_train.export import can_export, export_run, write_registration_intent
     from factory_train.report import write_report
 
     configure_runtime(cfg.train, 1)
     attempt.record_event("finish", message="evaluating")
     evaluation = evaluate_run(attempt.run)
-    attempt.record_event("finish", message="exporting")
-    folder = export_run(attempt.run, dtype=cfg.evaluation.export_dtype)
-    if cfg.tracking.register:
-        write_registration_intent(attempt, folder, evaluation)
+    if can_export(cfg.model):
+        attempt.record_event("finish", message="exporting")
+        folder = export_run(attempt.run, dtype=cfg.evaluation.export_dtype)
+        if cfg.tracking.register:
+            write_registration_intent(attempt, folder, evaluation)
+    else:
+        message = f"no export and no registration: architecture '{cfg.model.architecture}' is a plugin's and has no Hugging Face layout"
+        attempt.record_event("finish", message=message)
     attempt.record_event("finish", message="writing the report")
     write_report(attempt.run)
     return ExitCode.OK

@@ -12,7 +12,7 @@ import pytest
 
 from factory_train import cli
 from factory_train.checkpoint.catalog import list_checkpoints
-from factory_train.checkpoint.origin import Origin, means
+from factory_train.checkpoint.origin import RunOrigin
 from factory_train.run_dir import RunDir
 
 
@@ -118,12 +118,12 @@ def test_a_run_that_has_begun_takes_no_other_weights(
 
 @pytest.mark.parametrize("text", ["base", "base@8", "base@step-00000008", "llama_fsdp-base", "a/llama_fsdp-base@8"])
 def test_a_reference_typed_again_is_recognised_without_looking(text: str) -> None:
-    assert means(text, Origin(RunDir(Path("/runs/llama_fsdp-base")), "step-00000008"))
+    assert RunOrigin(RunDir(Path("/runs/llama_fsdp-base")), "step-00000008").is_meant_by(text)
 
 
-@pytest.mark.parametrize("text", ["base@4", "bose", "other/run@8"])
+@pytest.mark.parametrize("text", ["base@4", "bose", "other/run@8", "hf:base"])
 def test_another_reference_is_not_mistaken_for_it(text: str) -> None:
-    assert not means(text, Origin(RunDir(Path("/runs/llama_fsdp-base")), "step-00000008"))
+    assert not RunOrigin(RunDir(Path("/runs/llama_fsdp-base")), "step-00000008").is_meant_by(text)
 
 
 def test_damaged_origin_weights_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from factory_train.config import ModelConfig, RopeScaling
 from factory_train.errors import ConfigError
 from factory_train.models.build import build_model
-from factory_train.models.hf import hf_config, hf_name
+from factory_train.models.hf_config import hf_config, hf_name
 from factory_train.models.language_model import LanguageModel
 
 VOCAB = 300
@@ -23,6 +23,7 @@ VARIANTS = {
     "mha_tied": replace(BASE, tie_embeddings=True),
     "gqa_untied": replace(BASE, num_kv_heads=2),
     "gqa_tied": replace(BASE, num_kv_heads=2, tie_embeddings=True),
+    "wide_heads": replace(BASE, num_kv_heads=2, head_dim=24),
     "mqa_tied": replace(BASE, num_kv_heads=1, tie_embeddings=True),
     "gqa_scaled_rope": replace(BASE, num_kv_heads=2, rope_theta=500000.0, rope_scaling=SCALING),
 }

@@ -89,9 +89,13 @@ def test_presets_state_every_key(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("num_kv_heads", [8, 2])
-def test_activation_estimate_is_what_autograd_keeps(dtype: str, num_kv_heads: int) -> None:
-    cfg = ModelConfig(dim=256, num_layers=1, num_heads=8, num_kv_heads=num_kv_heads, ffn_dim=704, max_seq_len=128)
+@pytest.mark.parametrize(
+    "variant",
+    [{"num_kv_heads": 8}, {"num_kv_heads": 2}, {"num_kv_heads": 2, "qkv_bias": True}, {"num_kv_heads": 4, "head_dim": 64, "qk_norm": True}],
+    ids=["mha", "gqa", "qwen2", "qwen3"],
+)
+def test_activation_estimate_is_what_autograd_keeps(dtype: str, variant: dict[str, Any]) -> None:
+    cfg = ModelConfig(dim=256, num_layers=1, num_heads=8, ffn_dim=704, max_seq_len=128, **variant)
     model = build_model(cfg, 64).to(getattr(torch, dtype))
     model.init_buffers(torch.device("cpu"))
     fixed = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

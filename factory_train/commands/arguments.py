@@ -32,7 +32,9 @@ class ArgumentParser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         for word in argv:
             flag = word.partition("=")[0]
-            if word.startswith("-") and flag not in known and not (flag[:2] in known and flag[1:2] != "-"):
+            # A dash alone is stdin, and no flag has a space in it.
+            is_flag = word.startswith("-") and word != "-" and " " not in flag
+            if is_flag and flag not in known and not (flag[:2] in known and flag[1:2] != "-"):
                 guess = did_you_mean(flag, known)
                 raise ConfigError(f"unknown flag '{flag}'", fix=f"did you mean {guess}?" if guess else f"{self.prog} -h")
         return self.parse_intermixed_args(argv)

@@ -103,16 +103,16 @@ def _with_origin(config: Config, root: Path, run: RunDir | None) -> Config:
         return config
     last = run.last_attempt() if run else None
     before = last.config().init_from if last else None
-    if before is not None and origin.means(config.init_from, origin.Origin.parse(before)):
+    if before is not None and origin.parse(before).is_meant_by(config.init_from):
         return replace(config, init_from=before)
     if last is not None:
         raise ConfigError(
-            f"run '{last.run.name}' has begun" + (f" from {origin.Origin.parse(before).title}" if before else " with weights of its own"),
+            f"run '{last.run.name}' has begun" + (f" from {origin.parse(before).title}" if before else " with weights of its own"),
             where="init_from",
             fix="leave init_from out, or take another run=NAME",
         )
     found = origin.resolve(config.init_from, root)
-    origin.check_fits(found, config)
+    found.check_fits(config)
     return replace(config, init_from=str(found))
 
 
@@ -175,7 +175,7 @@ def start(request: Request) -> Started | None:
         PreflightError: another command was faster, or nothing could be started; no trace of it is left then.
     """
     run, is_new = request.run, False
-    parent = origin.Origin.parse(request.config.init_from).title if request.config.init_from else None
+    parent = origin.parse(request.config.init_from).title if request.config.init_from else None
     if run is None:
         try:
             run, is_new = RunDir.create(request.root, request.config.recipe, request.config.run, parent), True
@@ -203,7 +203,7 @@ def _submit(request: Request, run: RunDir) -> Started:
     forced = unsafe_changes(last.config(), request.config) if last else {}
     attempt = run.new_attempt(request.config)
     storage.write_json(attempt.path / "plan.json", request.plan.to_json())
-    write_snapshot(attempt, request.argv)
+    write_snapshot(attempt, request.argv, request.config.plugins)
     attempt.record_launch_event("submit", argv=list(request.argv), launcher=request.launcher_reason)
     if forced:
         attempt.record_launch_event("forced", changes={key: list(values) for key, values in forced.items()})

@@ -72,7 +72,7 @@ class DataManifest:
     Args:
         format_version: of this file and of everything beside it.
         id: identifies source, tokenizer settings and split; the name of the folder in the cache.
-        kind: "builtin" or "text".
+        kind: name of the data source.
         description: the source, for people.
         tokenizer: "bpe", "byte" or "char".
         vocab_size: token ids are below it.
@@ -240,15 +240,17 @@ def request_path(config: DataConfig, cache: Path) -> Path:
     """Returns the alias file that leads from this request to its prepared data.
 
     The request stands for text that has not been read: a file by path, size and time; the standard library by the
-    interpreter it belongs to.
+    interpreter it belongs to; a plugin's data source by its name and data.path. Preparing reads the text and renews the alias.
     """
     request = settings(config)
     if request["kind"] == "text":
         path = source_path(config)
         stat = path.stat()
         request |= {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    else:
+    elif request["kind"] == "builtin":
         request |= {"python": sys.version, "stdlib": sysconfig.get_paths()["stdlib"]}
+    else:
+        request |= {"path": config.path}
     return cache / "requests" / f"{digest(request)}.json"
 
 

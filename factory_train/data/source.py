@@ -1,8 +1,8 @@
 """Where the text comes from, how it is divided, and what can be wrong with it.
 
 `builtin` is the standard library of the running interpreter: its sources, and the topics of `help()`. `text` is one
-UTF-8 file. Nothing here needs more than the standard library, so that a login node can check a request in
-milliseconds.
+UTF-8 file. Plugins add others (docs/extending.md). Nothing here needs more than the standard library, so that a login
+node can check a request in milliseconds.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import os
 import platform
 import shlex
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from factory_train.config import DataConfig
 from factory_train.errors import ConfigError, DataError
+from factory_train.registries import DATA_SOURCES
 
 SPLITS = ("train", "validation")
 # A BPE vocabulary starts from the 256 bytes and the end-of-text token.
@@ -63,11 +64,13 @@ class Source:
 
 
 def source_kind(config: DataConfig) -> str:
-    """Returns "builtin" or "text"; setting data.path is enough to mean text.
+    """Returns the name of the data source; for a built-in one, setting data.path is enough to mean text.
 
     Raises:
         ConfigError: data.name=text without a path.
     """
+    if not DATA_SOURCES.is_builtin(config.name):
+        return config.name
     if config.path is not None:
         return "text"
     if config.name == "text":
@@ -85,28 +88,46 @@ def read_source(config: DataConfig) -> Source:
     """Reads and divides all the text.
 
     Raises:
-        DataError: there is none, or it is not text.
+        ConfigError: there is no such data source.
+        DataError: there is no text, or it is not text.
     """
-    if source_kind(config) == "text":
-        return _read_file(source_path(config), config.validation_fraction)
+    source: Source = DATA_SOURCES.get(source_kind(config))(config)
+    return source
+
+
+def read_builtin(config: DataConfig) -> Source:
+    """Reads the standard library of this Python."""
     documents = sorted(_builtin_documents(), key=lambda document: document.name)
     if not documents:
         raise _no_builtin()
-    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
-    for document in documents:
-        splits["validation" if _held_out(document.name, config.validation_fraction) else "train"].append(document)
-    # Validation may use only the first part: in order of the hash, any first part is a fair sample of the files.
-    splits["validation"].sort(key=lambda document: _digest(document.name))
-    manifest = [_manifest_row(document.name, document.text.encode()) for document in documents]
-    return Source(f"standard library of Python {platform.python_version()}", splits, manifest)
+    return divide(f"standard library of Python {platform.python_version()}", documents, config.validation_fraction)
 
 
-def _read_file(path: Path, validation_fraction: float) -> Source:
+def read_text(config: DataConfig) -> Source:
+    """Reads the file at data.path; its last part is held out."""
+    path = source_path(config)
     data = _read_bytes(path)
     text = _decode(path, data)
-    cut = _cut(len(text), validation_fraction)
+    cut = _cut(len(text), config.validation_fraction)
     splits = {"train": [Document(path.name, text[:cut])], "validation": [Document(path.name, text[cut:])]}
     return Source(path.name, splits, [_manifest_row(path.name, data)])
+
+
+def divide(description: str, documents: Iterable[Document], validation_fraction: float) -> Source:
+    """Divides documents by their names: where one goes does not depend on the others.
+
+    Args:
+        description: what they are, for people.
+        documents: in the order in which those for training become tokens; their names differ.
+        validation_fraction: part of the documents that is held out, about.
+    """
+    splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
+    for document in documents:
+        splits["validation" if _held_out(document.name, validation_fraction) else "train"].append(document)
+    # Validation may use only the first part: in order of the hash, any first part is a fair sample of the files.
+    splits["validation"].sort(key=lambda document: _digest(document.name))
+    manifest = [_manifest_row(document.name, document.text.encode()) for split in splits.values() for document in split]
+    return Source(description, splits, sorted(manifest, key=lambda row: str(row["name"])))
 
 
 def _manifest_row(name: str, data: bytes) -> dict[str, Any]:
@@ -188,7 +209,11 @@ def check_source(config: DataConfig, seq_len: int) -> None:
     if config.tokenizer == "bpe" and config.vocab_size < MIN_BPE_VOCABULARY:
         fix = f"data.vocab_size={MIN_BPE_VOCABULARY} or larger, or data.tokenizer=byte"
         raise ConfigError(f"a BPE vocabulary of {config.vocab_size} does not hold the 256 bytes", where="data.vocab_size", fix=fix)
-    if source_kind(config) == "text":
+    kind = source_kind(config)
+    if not DATA_SOURCES.is_builtin(kind):
+        # How much text a plugin has shows when it is read.
+        return
+    if kind == "text":
         path = source_path(config)
         most, unit, where = _most_tokens_of_file(path, config), "characters" if config.tokenizer == "char" else "bytes", f"data.path={path}"
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from factory_train import storage
+from factory_train import plugins, storage
 from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
 from factory_train.config import Config
 from factory_train.data.loader import IGNORE_INDEX, validation_batches
@@ -51,15 +51,18 @@ class Evaluation:
 
 
 def run_config(run: RunDir) -> Config:
-    """Returns the configuration of the newest attempt.
+    """Returns the configuration of the newest attempt, with its plugins imported.
 
     Raises:
+        ConfigError: a plugin cannot be imported here.
         NotFoundError: the run was never started.
     """
     attempt = run.last_attempt()
     if attempt is None:
         raise NotFoundError("the run has no attempt yet", where=run.name)
-    return attempt.config()
+    cfg = attempt.config()
+    plugins.load(cfg.plugins)
+    return cfg
 
 
 def load_model(cfg: Config, manifest: DataManifest, reader: CheckpointReader, device: torch.device) -> LanguageModel:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from factory_train.config import ModelConfig
-from factory_train.errors import ConfigError, did_you_mean
 from factory_train.models.language_model import LanguageModel
-from factory_train.models.llama import Llama
-
-ARCHITECTURES: dict[str, Callable[[ModelConfig, int], LanguageModel]] = {"llama": Llama}
+from factory_train.registries import ARCHITECTURES
 
 
 def build_model(cfg: ModelConfig, vocab_size: int) -> LanguageModel:
@@ -25,7 +20,5 @@ def build_model(cfg: ModelConfig, vocab_size: int) -> LanguageModel:
     Raises:
         ConfigError: there is no such architecture.
     """
-    if cfg.architecture not in ARCHITECTURES:
-        guess = did_you_mean(cfg.architecture, ARCHITECTURES) or next(iter(ARCHITECTURES))
-        raise ConfigError(f"unknown architecture '{cfg.architecture}'", where="model.architecture", fix=f"model.architecture={guess}")
-    return ARCHITECTURES[cfg.architecture](cfg, vocab_size)
+    model: LanguageModel = ARCHITECTURES.get(cfg.architecture)(cfg, vocab_size)
+    return model

@@ -1,4 +1,4 @@
-"""The Hugging Face layout of a model: names, config.json, tokenizer, safetensors; no pickle anywhere."""
+"""Writing a Hugging Face model folder: config.json, tokenizer, safetensors; no pickle anywhere."""
 
 from __future__ import annotations
 
@@ -15,85 +15,9 @@ from factory_train import storage
 from factory_train.config import ModelConfig
 from factory_train.errors import IntegrityError
 from factory_train.models.build import build_model
+from factory_train.models.hf_config import hf_config, hf_name
 
 END_OF_TEXT = "<|endoftext|>"
-
-_ROOT_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-def hf_name(name: str) -> str:
-    """Returns the Hugging Face name of a parameter: layers.3.attention.wq.weight is model.layers.3.self_attn.q_proj.weight.
-
-    Raises:
-        KeyError: it is not a parameter of a Llama.
-    """
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("layers."):
-        return f"{_ROOT_NAMES[module]}.{kind}"
-    _, index, inner = module.split(".", 2)
-    return f"model.layers.{index}.{_LAYER_NAMES[inner]}.{kind}"
-
-
-def hf_config(cfg: ModelConfig, vocab_size: int, eos_id: int | None, dtype: str) -> dict[str, Any]:
-    """Returns the contents of config.json.
-
-    Transformers 4 reads `rope_theta`, `rope_scaling` and `torch_dtype`, transformers 5 reads `rope_parameters` and
-    `dtype`; both are written, saying the same.
-
-    Args:
-        cfg: the model section.
-        vocab_size: rows of the embedding.
-        eos_id: id of the end-of-text token, if there is one.
-        dtype: "float32", "bfloat16" or "float64".
-    """
-    scaling: dict[str, Any] | None = None
-    if cfg.rope_scaling is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": cfg.rope_scaling.factor,
-            "low_freq_factor": cfg.rope_scaling.low_freq_factor,
-            "high_freq_factor": cfg.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": cfg.rope_scaling.original_max_seq_len,
-        }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": cfg.dim,
-        "intermediate_size": cfg.ffn_dim,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.dim // cfg.num_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": cfg.max_seq_len,
-        "initializer_range": cfg.init_std,
-        "rms_norm_eps": cfg.norm_eps,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_theta": cfg.rope_theta, **(scaling or {"rope_type": "default"})},
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": None,
-        "use_cache": True,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
 
 
 def write_hf_folder(
@@ -121,14 +45,16 @@ def write_hf_folder(
         max_shard_bytes: a new safetensors file begins before one grows past this.
 
     Raises:
+        ConfigError: no Hugging Face architecture is this model.
         IntegrityError: `tensors` did not hold every weight of the model exactly once, in its shape.
     """
+    config = hf_config(cfg, vocab_size, eos_id, dtype)
     folder = folder.absolute()
     work = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     work.mkdir(parents=True)
     try:
         _write_weights(work, cfg, vocab_size, tensors, getattr(torch, dtype), max_shard_bytes)
-        storage.write_json(work / "config.json", hf_config(cfg, vocab_size, eos_id, dtype))
+        storage.write_json(work / "config.json", config)
         ids = {} if eos_id is None else {"bos_token_id": eos_id, "eos_token_id": eos_id}
         storage.write_json(work / "generation_config.json", {"do_sample": False, **ids})
         storage.write_atomic(work / "tokenizer.json", tokenizer_json.read_bytes())

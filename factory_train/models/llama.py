@@ -1,4 +1,4 @@
-"""The Llama family of decoders (Touvron et al. 2023, arXiv 2302.13971; Llama 3: arXiv 2407.21783).
+"""The Llama family of decoders (Touvron et al. 2023, arXiv 2302.13971; Llama 3: arXiv 2407.21783), Qwen2 and Qwen3 included.
 
 Shapes: B batch, T tokens, D model width, H query heads, K key and value heads, E width of a head, F feed-forward width,
 V vocabulary.
@@ -71,26 +71,33 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+        # Under autocast queries and keys come in bf16 and their norms' weights do not; the fused kernel wants one type.
+        return F.rms_norm(x_BTD, self.weight.shape, self.weight.to(x_BTD.dtype), self.eps)
 
 
 class Attention(nn.Module):
-    """Causal attention in which groups of query heads share a key and a value head (GQA: arXiv 2305.13245)."""
+    """Causal attention in which groups of query heads share a key and a value head (GQA: arXiv 2305.13245).
+
+    Queries, keys and values may have a bias (Qwen2: arXiv 2407.10671); queries and keys may be normalised head by head
+    (Qwen3: arXiv 2505.09388).
+    """
 
     def __init__(self, cfg: ModelConfig, rope: RotaryEmbedding) -> None:
         super().__init__()
-        self.head_dim = cfg.dim // cfg.num_heads
+        self.head_dim = cfg.head_width
         self.group_size = cfg.num_heads // cfg.num_kv_heads
         self.rope = rope
-        self.wq = nn.Linear(cfg.dim, cfg.num_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=False)
+        self.wq = nn.Linear(cfg.dim, cfg.num_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.wk = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.wv = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=cfg.qkv_bias)
         self.wo = nn.Linear(cfg.num_heads * self.head_dim, cfg.dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x_BTD: Tensor, positions: Tensor | None) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BHTE = self.rope(self.wq(x_BTD).view(heads), positions).transpose(1, 2)
-        k_BKTE = self.rope(self.wk(x_BTD).view(heads), positions).transpose(1, 2)
+        q_BHTE = self.rope(self.q_norm(self.wq(x_BTD).view(heads)), positions).transpose(1, 2)
+        k_BKTE = self.rope(self.k_norm(self.wk(x_BTD).view(heads)), positions).transpose(1, 2)
         v_BKTE = self.wv(x_BTD).view(heads).transpose(1, 2)
         shared = self.group_size > 1
         # On CUDA only the half-precision kernels know groups: in fp32 they would fall back to one that stores T x T scores.
@@ -140,7 +147,7 @@ class Llama(LanguageModel):
         super().__init__()
         self.max_seq_len, self.init_std = cfg.max_seq_len, cfg.init_std
         self.tok_embeddings = nn.Embedding(vocab_size, cfg.dim)
-        self.rope = RotaryEmbedding(cfg.dim // cfg.num_heads, cfg.max_seq_len, cfg.rope_theta, cfg.rope_scaling)
+        self.rope = RotaryEmbedding(cfg.head_width, cfg.max_seq_len, cfg.rope_theta, cfg.rope_scaling)
         self.layers = nn.ModuleList(LlamaBlock(cfg, self.rope) for _ in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.output = None if cfg.tie_embeddings else nn.Linear(cfg.dim, vocab_size, bias=False)
@@ -163,6 +170,8 @@ class Llama(LanguageModel):
     def initial_std(self, name: str) -> float | None:
         if name.endswith("norm.weight"):
             return None
+        if name.endswith(".bias"):
+            return 0.0
         # What is added to the residual stream starts smaller with depth, so that its variance does not grow (GPT-2, section 2.3).
         into_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
         return self.init_std / math.sqrt(2 * len(self.layers)) if into_residual else self.init_std

@@ -83,10 +83,7 @@ class Bench:
 
     def begin(self, step: int) -> None:
         """Begins to save `reference(step)`, and changes it as soon as that is allowed."""
-        state = ranks.spread_state("single", ranks.reference(step))
-        self.saver.begin(step, ranks.entries_of(state), {"step": step, "seed": step})
-        self.saver.before_update()
-        ranks.spoil(state)
+        ranks.begin_beside(self.saver, "single", step)
 
     def save(self, step: int) -> None:
         self.begin(step)

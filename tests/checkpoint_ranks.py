@@ -203,10 +203,7 @@ def save_to_the_point(
             save(rank, world, strategy, attempt, step, step, files=files)
         else:
             with contextlib.closing(make_saver(rank, world, attempt, lambda arena: ThreadWriter(arena, files))) as saver:
-                state = spread_state(strategy, reference(step))
-                saver.begin(step, entries_of(state), {"step": step, "seed": step})
-                saver.before_update()
-                spoil(state)
+                begin_beside(saver, strategy, step)
                 agree_on_progress(saver, step, world)
                 saver.finish()
     except Crash:
@@ -258,10 +255,7 @@ def save_three_beside(rank: int, world: int, strategy: str, attempt: Attempt) ->
     events: list[tuple[str, dict[str, Any]]] = []
     with contextlib.closing(make_saver(rank, world, attempt, events=events)) as saver:
         for step in (1, 2, 3):
-            state = spread_state(strategy, reference(step))
-            saver.begin(step, entries_of(state), {"step": step, "seed": step})
-            saver.before_update()
-            spoil(state)
+            begin_beside(saver, strategy, step)
             if step == 2:
                 agree_on_progress(saver, step, world)
         saver.finish()
@@ -278,10 +272,7 @@ def save_until(rank: int, world: int, strategy: str, attempt: Attempt, seconds: 
             if late.item():
                 break
             step += 1
-            state = spread_state(strategy, reference(step))
-            saver.begin(step, entries_of(state), {"step": step, "seed": step})
-            saver.before_update()
-            spoil(state)
+            begin_beside(saver, strategy, step)
             agree_on_progress(saver, step, world)
         saver.finish()
     return step - 1
@@ -301,8 +292,7 @@ def save_beside_with_failure(rank: int, world: int, strategy: str, attempt: Atte
         make_saver(rank, world, attempt, lambda arena: ThreadWriter(arena, DurableFiles(hook)), events=events)
     ) as saver:
         for step in (1, 2):
-            saver.begin(step, entries_of(spread_state(strategy, reference(step))), {"step": step, "seed": step})
-            saver.before_update()
+            begin_beside(saver, strategy, step)
             try:
                 saver.finish()
             except CheckpointError as error:
@@ -316,6 +306,14 @@ def spoil(state: dict[tuple[str, str], torch.Tensor]) -> None:
     with torch.no_grad():
         for tensor in state.values():
             local_tensor(tensor).fill_(1)
+
+
+def begin_beside(saver: Saver, strategy: str, step: int) -> None:
+    """Begins to save `reference(step)`, and changes the state as soon as that is allowed."""
+    state = spread_state(strategy, reference(step))
+    saver.begin(step, entries_of(state), {"step": step, "seed": step})
+    saver.before_update()
+    spoil(state)
 
 
 def agree_on_progress(saver: Saver, step: int, world: int, tries: int = 2000) -> None:

@@ -86,13 +86,14 @@ def test_a_disk_that_is_read_only_for_a_while_costs_one_save(tmp_path: Path, mod
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_a_folder_whose_permission_is_lost_costs_one_save(tmp_path: Path, mode: str) -> None:
+def test_a_folder_whose_permission_is_lost_costs_one_save(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, mode: str) -> None:
     if os.geteuid() != 0:
         pytest.skip("becoming another user takes root (run the tests as root)")
     attempt = next_attempt(history(tmp_path))
-    for folder in [*tmp_path.parents, tmp_path]:
-        if folder.stat().st_uid == os.getuid() and str(folder).startswith("/tmp/"):
-            folder.chmod(0o755)
+    # pytest keeps its folders to the user who runs it.
+    top = tmp_path_factory.getbasetemp().parent
+    for folder in (path for path in (tmp_path, *tmp_path.parents) if path.is_relative_to(top)):
+        folder.chmod(folder.stat().st_mode | 0o055)
     for path in [attempt.run.path, *attempt.run.path.rglob("*")]:
         os.chown(path, NOBODY, NOBODY)
     bench = Bench(attempt, mode=mode)

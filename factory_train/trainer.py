@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from factory_train.checkpoint import origin
 from factory_train.checkpoint.agreement import Ranks
@@ -16,25 +15,24 @@ from factory_train.checkpoint.entries import TensorEntry, training_entries
 from factory_train.checkpoint.load import load_newest
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
-from factory_train.data.loader import IGNORE_INDEX, Cursor, TokenLoader, validation_batches
-from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
+from factory_train.data.loader import Cursor, TokenLoader
+from factory_train.data.manifest import DataManifest
 from factory_train.data.shards import TokenStream
-from factory_train.data.tokenizer import Tokenizer
 from factory_train.distributed.mesh import ParallelDims
 from factory_train.distributed.parallelize import parallelize
 from factory_train.distributed.step_reduction import StepFacts, StepReduction
 from factory_train.errors import CheckpointError, ConfigError, DivergenceError
 from factory_train.launchers.job import WorkerEnv
-from factory_train.loss import summed_cross_entropy, training_loss
+from factory_train.loss import training_loss
 from factory_train.metrics_log import MetricsLog
 from factory_train.models.build import build_model
 from factory_train.optim import build_optimizer
 from factory_train.plan import Plan
 from factory_train.preemption import StopSignal
 from factory_train.run_dir import Attempt
-from factory_train.sample import text_sample
 from factory_train.schedule import learning_rate
 from factory_train.throughput import Throughput
+from factory_train.validation import Validation
 
 # So many steps in a row without a finite loss and gradient cannot be a passing spike.
 MAX_SKIPPED_STEPS = 25
@@ -76,8 +74,7 @@ class Trainer:
         self.loss = training_loss(cfg.train)
         self.reduction = StepReduction(device, self.model.grad_copies)
         self.train_tokens = TokenStream(dataset, "train")
-        self.validation_tokens = TokenStream(attempt.run.data, "validation")
-        self.tokenizer = Tokenizer.load(attempt.run.data / TOKENIZER_NAME)
+        self.validation = Validation(self.model, cfg, attempt.run, device, dp_rank=env.rank, dp_size=self.dims.dp_size)
         self.throughput = Throughput(
             tokens_per_step=plan.tokens_per_step,
             flops_per_token=plan.flops_per_token,
@@ -202,37 +199,12 @@ class Trainer:
             self.outcome = Outcome.PREEMPTED
 
     def _validate(self) -> None:
-        """Measures the validation loss over all ranks and writes a text sample."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        batches = validation_batches(
-            self.validation_tokens,
-            seq_len=self.cfg.train.seq_len,
-            max_rows=self.cfg.train.validation_rows,
-            micro_batch_size=self.cfg.train.micro_batch_size,
-            dp_rank=self.env.rank,
-            dp_size=self.dims.dp_size,
-        )
-        with self.model.evaluating():
-            for micro in batches:
-                targets_BT = self._to_device(micro.targets_BT)
-                sums[0] += summed_cross_entropy(self.model(self._to_device(micro.tokens_BT)), targets_BT)
-                sums[1] += (targets_BT != IGNORE_INDEX).sum()
-            dist.all_reduce(sums)
-            loss_sum, num_tokens = sums.tolist()
-            loss = loss_sum / num_tokens
-            bits_per_byte = self.manifest.bits_per_byte(loss)
-            self.metrics.write("validation", self.step, loss=loss, bits_per_byte=bits_per_byte)
-            self.validated = self.step, {"validation/loss": loss, "validation/bits_per_byte": bits_per_byte}
-            if self.cfg.evaluation.sample_tokens:
-                sample = text_sample(
-                    self.model,
-                    self.cfg.evaluation,
-                    self.tokenizer,
-                    self.validation_tokens,
-                    seq_len=self.cfg.train.seq_len,
-                    device=self.device,
-                )
-                self.metrics.write("sample", self.step, **sample)
+        figures = self.validation.figures()
+        self.metrics.write("validation", self.step, **figures)
+        self.validated = self.step, {f"validation/{name}": value for name, value in figures.items()}
+        sample = self.validation.sample()
+        if sample is not None:
+            self.metrics.write("sample", self.step, **sample)
         self.throughput.restart_clock()
 
     def _entries(self) -> list[TensorEntry]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -14,6 +15,7 @@ from typing import Any
 
 import factory_train
 from factory_train import plugins, storage
+from factory_train.errors import PreflightError
 from factory_train.run_dir import Attempt
 
 SNAPSHOT_FORMAT_VERSION = 1
@@ -22,7 +24,54 @@ _SOURCES = (".py", ".yaml", ".sbatch", ".sh")
 _PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "safetensors", "tokenizers", "mlflow", "ray", "submitit", "deepspeed")
 # A patch beyond this holds something that is not source code.
 _MAX_PATCH_BYTES = 16 * 2**20
+# A folder beyond this holds something that is not source code.
+_MAX_TREE_BYTES = 64 * 2**20
 _GIT_TIMEOUT_S = 10.0
+
+
+def copy_code(attempt: Attempt, plugin_names: Sequence[str] = ()) -> Path:
+    """Copies the sources of the package, and of plugins, into the attempt; returns the folder to import them from.
+
+    A job that waits in a queue runs these, whatever becomes of the files it was submitted from: modified and untracked
+    ones as they are now.
+
+    Raises:
+        PreflightError: a plugin is larger than source code is.
+    """
+    root = attempt.path / "code" / "tree"
+    _copy_sources(_PACKAGE, root / _PACKAGE.name)
+    for name in plugin_names:
+        file = plugins.source_file(name)
+        if file is None or _PACKAGE in file.parents:
+            continue
+        top = name.partition(".")[0]
+        if file.name != "__init__.py" and "." not in name:
+            _copy_file(file, root / file.name)
+        else:
+            # The package the plugin is in, from its outermost folder on.
+            folder = file.parent
+            while folder.name != top and folder != folder.parent:
+                folder = folder.parent
+            _copy_sources(folder, root / top)
+    return root
+
+
+def _copy_sources(source: Path, target: Path) -> None:
+    size = 0
+    for path in _source_files(source, everything=True):
+        size += path.stat().st_size
+        if size > _MAX_TREE_BYTES:
+            raise PreflightError(
+                f"more than {_MAX_TREE_BYTES >> 20} MiB of files go with the code",
+                where=str(source),
+                fix="keep data and results out of the folders of plugins",
+            )
+        _copy_file(path, target / path.relative_to(source))
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
 
 
 def write_snapshot(attempt: Attempt, argv: Sequence[str], plugin_names: Sequence[str] = ()) -> None:
@@ -76,10 +125,11 @@ def tree_sha256(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _source_files(root: Path) -> Iterator[Path]:
+def _source_files(root: Path, *, everything: bool = False) -> Iterator[Path]:
+    """Yields the sources below `root`; with `everything`, what a package may read at run time too."""
     for folder, inner, files in os.walk(root, followlinks=True):
-        inner[:] = [name for name in inner if name != "__pycache__"]
-        yield from (Path(folder, name) for name in files if name.endswith(_SOURCES))
+        inner[:] = [name for name in inner if name != "__pycache__" and not name.startswith(".")]
+        yield from (Path(folder, name) for name in files if everything or name.endswith(_SOURCES))
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -10,18 +10,19 @@ import importlib
 import os
 import socket
 import sys
-import threading
 import time
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
-from factory_train import plugins
+from factory_train import heartbeat, plugins
 from factory_train.errors import ConfigError, ExitCode, FactoryTrainError, FencedError
 from factory_train.launchers.job import STAGES, WorkerEnv
 from factory_train.launchers.lifeline import end_with_launcher
-from factory_train.preemption import StopSignal
-from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt
+from factory_train.preemption import Deadline, StopSignal
+from factory_train.run_dir import Attempt
+
+# About every quarter of a minute: a rank of a lost node that still runs finds out that it was replaced.
+_FENCE_EVERY_BEATS = 3
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     attempt = env.open_attempt()
     if env.lifeline:
         end_with_launcher()
-    _beat(attempt.heartbeat_path(env.rank))
+    _show_life(stage, env, attempt, stop)
     try:
         cfg = attempt.config()
         plugins.load(cfg.plugins)
@@ -79,7 +80,8 @@ def _hint(error: Exception) -> str | None:
     if isinstance(error, FactoryTrainError):
         return error.fix
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return "lower train.micro_batch_size, or set parallel.activation_checkpoint=full"
+        # Training itself tells more (diagnostics/out_of_memory.py); this is for the stages around it.
+        return "end other programs on this machine; evaluation needs less with train.micro_batch_size=1"
     if type(error).__name__ in ("DistBackendError", "DistNetworkError"):
         return "another rank ended first; its log tells why"
     if isinstance(error, OSError) and error.filename:
@@ -87,20 +89,24 @@ def _hint(error: Exception) -> str | None:
     return None
 
 
-def _beat(path: Path) -> None:
-    """Touches the heartbeat file for as long as this process lives."""
+def _show_life(stage: str, env: WorkerEnv, attempt: Attempt, stop: StopSignal) -> None:
+    """Keeps this rank's heartbeat, and looks with each beat for what a rank must notice from outside."""
+    if stage == "train" and env.rank == 0:
+        # It alone knows how long saves took; the step's reduction tells the others.
+        stop.deadline = Deadline.of(attempt, env.deadline)
+    beats = 0
 
-    def beat() -> None:
-        while True:
-            try:
-                path.parent.mkdir(exist_ok=True)
-                path.touch()
-            except OSError:
-                # A full or vanished disk shows itself where it matters, in a save.
-                pass
-            time.sleep(HEARTBEAT_EVERY_S)
+    def look() -> None:
+        nonlocal beats
+        beats += 1
+        if env.rank == 0 and stage == "train":
+            stop.look_at_switches(attempt)
+        # One process a node: a listing for each rank would be a burden for the filesystem's metadata server.
+        if env.local_rank == 0 and beats % _FENCE_EVERY_BEATS == 0 and not attempt.is_newest():
+            print("error: a newer attempt of this run has begun; this one ends here", file=sys.stderr, flush=True)
+            os._exit(ExitCode.FAILED)
 
-    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+    heartbeat.keep_beating(attempt.heartbeat_path(env.rank), stop.place, look)
 
 
 def run() -> NoReturn:

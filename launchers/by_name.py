@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from factory_train.errors import ConfigError, did_you_mean
+from factory_train import storage
+from factory_train.errors import ConfigError, UnavailableError, did_you_mean
 from factory_train.launchers.job import Launcher
 from factory_train.launchers.local import LocalLauncher
+from factory_train.launchers.slurm import SlurmHandle, SlurmLauncher
+from factory_train.run_dir import RunDir
 
-LAUNCHERS: dict[str, type[Launcher]] = {"local": LocalLauncher}
+LAUNCHERS: dict[str, type[Launcher]] = {"local": LocalLauncher, "slurm": SlurmLauncher}
 
 
 def launcher_named(name: str) -> Launcher:
@@ -19,3 +22,22 @@ def launcher_named(name: str) -> Launcher:
         guess = did_you_mean(name, LAUNCHERS)
         raise ConfigError(f"unknown launcher '{name}'", where="launcher.name", fix=f"launcher.name={guess}" if guess else None)
     return LAUNCHERS[name]()
+
+
+def scheduled(run: RunDir) -> SlurmHandle | None:
+    """Returns the job of the newest attempt where a scheduler has it; a job it may yet start counts as alive."""
+    attempt = run.last_attempt()
+    job = storage.read_json(attempt.job_path) if attempt else None
+    return SlurmHandle(job) if job and job.get("launcher") == SlurmLauncher.name else None
+
+
+def is_alive(run: RunDir) -> bool:
+    """Returns whether a run goes on or will: by its scheduler, which knows of jobs that wait, else by its files."""
+    handle = scheduled(run)
+    if handle is None:
+        return run.is_alive()
+    try:
+        return handle.status() != "ended"
+    except UnavailableError:
+        # On a machine without Slurm's commands only the run directory can tell.
+        return run.is_alive()

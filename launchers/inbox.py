@@ -7,7 +7,8 @@ import select
 import signal
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Schedulers warn with SIGUSR2 or SIGTERM.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 # Ends everything at once, without the wait for a second Ctrl-C.
 END_SIGNAL = signal.SIGQUIT
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from factory_train.config import LauncherConfig
 from factory_train.run_dir import Attempt, RunDir
 
 # The stages of a job. `prepare` and `finish` are one process each, `train` is one process a rank.
@@ -96,6 +97,9 @@ class JobSpec:
         depends_on: handles of jobs that must end well first.
         array_size: number of points of a sweep that one submission holds.
         tracker: whether the syncer runs beside the ranks (`factory_train.tracking.sync`).
+        options: the launcher's section of the configuration.
+        code: folder that holds the snapshot of the package; None runs the package where it is.
+        folders: what the ranks read and write besides the run directory, for containers.
     """
 
     attempt: Attempt
@@ -106,6 +110,9 @@ class JobSpec:
     depends_on: tuple[str, ...] = ()
     array_size: int = 1
     tracker: bool = False
+    options: LauncherConfig = field(default_factory=LauncherConfig)
+    code: Path | None = None
+    folders: tuple[Path, ...] = ()
 
 
 class JobHandle(Protocol):
@@ -127,8 +134,22 @@ class JobHandle(Protocol):
         """Asks the job to save and stop; `now` ends it without saving."""
         ...
 
+    def signal(self, signum: int) -> None:
+        """Passes on a signal: SIGINT and SIGTERM mean save and stop, a second one means end at once."""
+        ...
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits for the job to end; returns whether it has."""
+        ...
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt that was submitted; a job that was requeued has gone on to later ones."""
+        ...
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it ended with, where this process can know it."""
         ...
 
 
@@ -137,8 +158,12 @@ class Launcher(Protocol):
 
     name: str
 
-    def submit(self, job: JobSpec) -> JobHandle:
-        """Starts the job, writes job.json into its attempt, and returns at once."""
+    def submit(self, job: JobSpec, *, detach: bool = False) -> JobHandle:
+        """Starts the job, writes job.json into its attempt, and returns at once.
+
+        Args:
+            detach: let a job on this machine live on when this process ends; a scheduler's always does.
+        """
         ...
 
     def attach(self, handle: dict[str, Any]) -> JobHandle:

@@ -13,6 +13,7 @@ from factory_train.commands.submission import Started
 from factory_train.commands.summary import summary_lines
 from factory_train.console import ProgressView, failure_lines
 from factory_train.errors import ExitCode
+from factory_train.run_dir import Attempt
 
 _POLL_S = 0.2
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
@@ -25,21 +26,30 @@ def follow(started: Started, received: Sequence[int]) -> int:
         received: grows as signals arrive (`passing_on_signals`).
     """
     view = ProgressView(started.attempt)
+    attempt = started.attempt
     passed_on = 0
     while not started.handle.wait(_POLL_S):
+        if not attempt.is_newest():
+            # The scheduler has started the job again.
+            with ignoring_a_lost_reader():
+                view.update()
+                view.close()
+            attempt = attempt.run.last_attempt() or attempt
+            print(f"attempt {attempt.number}", flush=True)
+            view = ProgressView(attempt)
         for signum in received[passed_on:]:
             started.handle.signal(signum)
-            with _ignoring_a_lost_reader():
+            with ignoring_a_lost_reader():
                 # The answer goes below the live line, not into it.
                 view.close()
             print(_answer(signum, first=passed_on == 0), file=sys.stderr, flush=True)
             passed_on += 1
-        with _ignoring_a_lost_reader():
+        with ignoring_a_lost_reader():
             view.update()
-    with _ignoring_a_lost_reader():
+    with ignoring_a_lost_reader():
         view.update()
         view.close()
-    return _conclude(started)
+    return _conclude(started, attempt)
 
 
 def _answer(signum: int, *, first: bool) -> str:
@@ -47,12 +57,11 @@ def _answer(signum: int, *, first: bool) -> str:
     return f"{name}: saving, then stopping; once more ends the run at once" if first else f"{name}: ending at once"
 
 
-def _conclude(started: Started) -> int:
-    attempt = started.attempt
+def _conclude(started: Started, attempt: Attempt) -> int:
     verdict = attempt.verdict()
     if verdict is None:
         # Not even the verdict could be written: the disk is full or gone.
-        print(f"error: the run ended without a verdict; see {attempt.launch / 'supervisor.log'}", file=sys.stderr)
+        print(f"error: the run ended without a verdict; see {attempt.launch}", file=sys.stderr)
         return started.handle.exit_code or ExitCode.FAILED
     if verdict.outcome == "done":
         print("\n".join(summary_lines(attempt)))
@@ -84,7 +93,7 @@ def passing_on_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _ignoring_a_lost_reader() -> Iterator[None]:
+def ignoring_a_lost_reader() -> Iterator[None]:
     """A reader that leaves (`| head`) takes its view with it, not the run."""
     try:
         yield

@@ -9,6 +9,7 @@ import time
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.run_words import add_words, the_run
 from factory_train.errors import NotFoundError
+from factory_train.launchers.by_name import is_alive, scheduled
 from factory_train.run_dir import Attempt, RunDir
 from factory_train.tail import Follower
 
@@ -63,7 +64,9 @@ def _follow(run: RunDir, attempt: Attempt, log: str) -> int:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         while True:
             # Asked before reading: what is written until the verdict is read after it.
-            ended = attempt.verdict() is not None or not attempt.is_newest() or not run.is_alive()
+            # A scheduler may start the next attempt long after the verdict of this one.
+            goes_on = is_alive(run)
+            ended = not attempt.is_newest() or not goes_on or (attempt.verdict() is not None and scheduled(run) is None)
             sys.stdout.write(decoder.decode(follower.read()))
             sys.stdout.flush()
             if ended:

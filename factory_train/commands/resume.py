@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     last = run.last_attempt()
     assert last is not None
     # Waiting belongs to the command, not to the run.
-    frozen = dataclasses.replace(last.config(), wait=True)
+    frozen = dataclasses.replace(last.config(), wait=None)
     config = apply_overrides(frozen, arguments.overrides, arguments.config_dir)
     request = submission.check_request(config, ["resume", *argv], run=run, force=arguments.force, dry_run=arguments.dry_run)
     if arguments.dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shlex
@@ -15,8 +16,10 @@ from factory_train import storage, tail
 from factory_train.checkpoint.catalog import list_checkpoints
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.run_words import add_words, split_words
-from factory_train.console import failure_lines
-from factory_train.errors import ConfigError, FactoryTrainError
+from factory_train.console import DATA_WAIT_STEPS, DataWait, failure_lines
+from factory_train.errors import ConfigError, FactoryTrainError, UnavailableError
+from factory_train.launchers.by_name import is_alive, scheduled
+from factory_train.launchers.slurm_queue import QueuedJob
 from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
 from factory_train.runs_index import all_runs, find_run, runs_root
 from factory_train.units import format_count, format_duration
@@ -32,9 +35,11 @@ class RunStatus:
     """What one run directory says.
 
     Args:
-        state: created, preparing, running, finishing, done, preempted, interrupted, failed, killed, lost (it ended
-            without a verdict), or unreadable.
+        state: created, pending (in a scheduler's queue), preparing, running, finishing, done, preempted, interrupted, failed,
+            killed, lost (it ended without a verdict), or unreadable.
         steps: length of the run.
+        job: the scheduler's job, its state, and where it runs.
+        data_wait: part of the step time that waiting for data takes, where it is worth a mention.
         heartbeat_age_s: seconds since any of its processes was last known to live.
         failure: the first failure, a line each for what, who, fix and log.
     """
@@ -49,11 +54,13 @@ class RunStatus:
     loss: float | None = None
     validation_loss: float | None = None
     tokens_per_s: float | None = None
+    data_wait: float | None = None
     checkpoint: str | None = None
     checkpoint_age_s: float | None = None
     heartbeat_age_s: float | None = None
     reason: str | None = None
     failure: tuple[str, ...] = ()
+    job: str | None = None
 
 
 def run_status(run: RunDir) -> RunStatus:
@@ -63,9 +70,11 @@ def run_status(run: RunDir) -> RunStatus:
         return RunStatus(run.name, info["recipe"], str(run.path), "created", 0, 0, 0)
     newest = _newest_rows(run)
     train, validation = newest.get("train"), newest.get("validation")
-    state = _state(run, attempt)
+    job, job_text = _job(run)
+    state = _state(run, attempt, job)
     checkpoints, beat, verdict = list_checkpoints(run), attempt.last_heartbeat(), attempt.verdict()
     failed = state in ("failed", "killed", "lost")
+    reason = job.why if job and state == "pending" else verdict.reason if verdict else None
     return RunStatus(
         name=run.name,
         recipe=info["recipe"],
@@ -77,11 +86,13 @@ def run_status(run: RunDir) -> RunStatus:
         loss=train["loss"] if train else None,
         validation_loss=validation["loss"] if validation else None,
         tokens_per_s=train["tokens_per_s"] if train else None,
+        data_wait=_data_wait(attempt),
         checkpoint=checkpoints[0].path.name if checkpoints else None,
         checkpoint_age_s=time.time() - checkpoints[0].path.stat().st_mtime if checkpoints else None,
         heartbeat_age_s=time.time() - beat if beat else None,
-        reason=verdict.reason if verdict else None,
+        reason=reason,
         failure=tuple(failure_lines(attempt)) if failed else (),
+        job=job_text,
     )
 
 
@@ -114,13 +125,38 @@ def _newest_rows(run: RunDir) -> dict[str, dict[str, Any]]:
     return newest
 
 
-def _state(run: RunDir, attempt: Attempt) -> str:
+def _data_wait(attempt: Attempt) -> float | None:
+    newest = (row for row in tail.rows_backwards(attempt.metrics_path, _TAIL_BYTES) if row["kind"] == "train")
+    wait = DataWait()
+    for row in itertools.islice(newest, DATA_WAIT_STEPS):
+        wait.add(row)
+    return wait.significant()
+
+
+def _job(run: RunDir) -> tuple[QueuedJob | None, str | None]:
+    """Returns the run's place in its scheduler's queue, and a line about it for people."""
+    handle = scheduled(run)
+    if handle is None:
+        return None, None
+    try:
+        job = handle.queued()
+    except UnavailableError as error:
+        return None, f"slurm {handle.job_ids[0]}: {error.what}"
+    if job is None:
+        return None, f"slurm {handle.job_ids[0]}: not in the queue any more"
+    return job, f"slurm {job.id}: {job.state}" + (f" on {job.nodes}" if job.nodes else "")
+
+
+def _state(run: RunDir, attempt: Attempt, job: QueuedJob | None) -> str:
+    if job is not None and job.status == "pending":
+        # Whatever the last attempt came to: the next one is on its way.
+        return "pending"
     verdict = attempt.verdict()
     if verdict is not None:
         return verdict.outcome.partition("-")[0]
     beat = attempt.last_heartbeat()
     just_beat = beat is not None and time.time() - beat < HEARTBEAT_STALE_S
-    if not run.is_alive() and not (just_beat and storage.read_json(attempt.job_path) is None):
+    if not is_alive(run) and not (just_beat and storage.read_json(attempt.job_path) is None):
         return "lost"
     kinds = [event["event"] for event in attempt.events()]
     if "finish" in kinds:
@@ -160,7 +196,7 @@ def main(argv: list[str]) -> int:
 
 
 def _table(found: list[RunStatus]) -> list[str]:
-    header = ("RUN", "STATE", "TRY", "STEP", "LOSS", "VAL", "TOK/S", "CHECKPOINT", "AGE")
+    header = ("RUN", "STATE", "JOB", "TRY", "STEP", "LOSS", "VAL", "TOK/S", "CHECKPOINT", "AGE")
     rows = [header, *(_row(status) for status in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -168,6 +204,8 @@ def _table(found: list[RunStatus]) -> list[str]:
     for index, status in reversed(list(enumerate(found, start=1))):
         if status.failure:
             lines.insert(index + 1, f"  {status.failure[0]}")
+        elif status.state == "pending" and status.reason:
+            lines.insert(index + 1, f"  waits: {status.reason}")
     return lines
 
 
@@ -175,6 +213,7 @@ def _row(status: RunStatus) -> tuple[str, ...]:
     return (
         status.name,
         status.state.upper(),
+        status.job.split()[1].rstrip(":") if status.job else "-",
         str(status.attempt),
         f"{status.step}/{status.steps}",
         _figure(status.loss),
@@ -186,13 +225,15 @@ def _row(status: RunStatus) -> tuple[str, ...]:
 
 
 def _details(status: RunStatus) -> list[str]:
+    waits = f", data wait {status.data_wait:.0%}" if status.data_wait else ""
     facts: list[tuple[str, Any]] = [
         ("run", status.name),
         ("folder", status.path),
         ("state", f"{status.state}, attempt {status.attempt}" + (f": {status.reason}" if status.reason else "")),
+        ("job", status.job),
         ("step", f"{status.step} of {status.steps}"),
         ("loss", f"{_figure(status.loss)} training, {_figure(status.validation_loss)} validation"),
-        ("speed", f"{format_count(status.tokens_per_s)} tokens/s" if status.tokens_per_s else None),
+        ("speed", f"{format_count(status.tokens_per_s)} tokens/s{waits}" if status.tokens_per_s else None),
         ("checkpoint", f"{status.checkpoint}, {format_duration(status.checkpoint_age_s or 0)} ago" if status.checkpoint else "none yet"),
         ("alive", f"{format_duration(status.heartbeat_age_s)} ago" if status.heartbeat_age_s is not None else None),
         ("next", _next(status)),
@@ -202,7 +243,7 @@ def _details(status: RunStatus) -> list[str]:
 
 def _next(status: RunStatus) -> str:
     name = shlex.quote(status.name)
-    if status.state in ("preparing", "running", "finishing"):
+    if status.state in ("pending", "preparing", "running", "finishing"):
         return f"python -m factory_train logs -f {name}"
     return f"python -m factory_train {'evaluate' if status.state == 'done' else 'resume'} {name}"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from factory_train import checks, storage
@@ -15,12 +15,13 @@ from factory_train.data.manifest import DataManifest, cache_root, check_length, 
 from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
 from factory_train.hardware import Hardware, detect, visible_cards
-from factory_train.launchers.job import Gang, JobSpec
-from factory_train.launchers.local import LocalHandle, LocalLauncher
+from factory_train.launchers import slurm_queue, slurm_script
+from factory_train.launchers.by_name import is_alive, launcher_named
+from factory_train.launchers.job import Gang, JobHandle, JobSpec
 from factory_train.plan import Plan, check_fits, make_plan, resolve_tasks_per_node
 from factory_train.run_dir import Attempt, RunDir
 from factory_train.runs_index import remember_root, runs_root
-from factory_train.snapshot import write_snapshot
+from factory_train.snapshot import copy_code, write_snapshot
 from factory_train.units import format_bytes
 
 # Room for logs, metrics, the tokens of a small corpus and the tracking database.
@@ -42,6 +43,7 @@ class Request:
         launcher_reason: why this launcher, for people.
         argv: the words of the command, for the record.
         force: whether keys may change that the run was trained with.
+        environ: extra environment of every process of the run.
     """
 
     config: Config
@@ -51,14 +53,27 @@ class Request:
     launcher_reason: str
     argv: tuple[str, ...]
     force: bool
+    environ: Mapping[str, str] = field(default_factory=dict)
 
-    def job(self, attempt: Attempt) -> JobSpec:
-        """Returns what the launcher is asked to start."""
+    def job(self, attempt: Attempt, code: Path | None = None) -> JobSpec:
+        """Returns what the launcher is asked to start.
+
+        Args:
+            code: folder with the snapshot of the package, where there is one.
+        """
+        config = self.config
+        # Compute nodes never open a database file: a local one is fed by `sync`, where the person is.
+        tracker = config.tracking.backend != "none" and (config.launcher.name == "local" or "://" in (config.tracking.uri or "sqlite"))
+        data = [Path(config.data.path)] if config.data.path else []
         return JobSpec(
             attempt=attempt,
-            gangs=(Gang("main", self.config.launcher.nodes, self.plan.tasks_per_node),),
-            grace_s=self.config.launcher.grace_s,
-            tracker=self.config.tracking.backend != "none",
+            gangs=(Gang("main", config.launcher.nodes, self.plan.tasks_per_node),),
+            environ=self.environ,
+            grace_s=config.launcher.grace_s,
+            tracker=tracker,
+            options=config.launcher,
+            code=code,
+            folders=(cache_root(config, self.root), *data),
         )
 
 
@@ -67,7 +82,7 @@ class Started:
     """An attempt that a launcher has taken."""
 
     attempt: Attempt
-    handle: LocalHandle
+    handle: JobHandle
 
 
 def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = None, force: bool = False, dry_run: bool = False) -> Request:
@@ -84,14 +99,14 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
     root = run.path.parent if run else runs_root(config.runs_root)
     run = run or (find_run(root, config.recipe, config.run) if config.run else None)
     config = _with_origin(config, root, run)
-    reason = _choose_launcher(config)
-    hardware = detect(config.hardware)
+    config, reason = _with_launcher(config)
+    hardware = _hardware(config)
     checks.check_world(config, config.launcher.nodes * resolve_tasks_per_node(config, hardware))
     plan = _plan(config, hardware, cache_root(config, root))
     if run is not None:
         check_continues(run, config, force=force)
     check_fits(plan)
-    if not dry_run:
+    if not dry_run and config.launcher.name == "local":
         _check_devices(plan)
     _check_disk(config, plan, run.path if run else root, is_new=run is None, dry_run=dry_run)
     return Request(config, root, plan, run, reason, tuple(argv), force)
@@ -140,7 +155,7 @@ def check_continues(run: RunDir, config: Config, *, force: bool) -> None:
         PreflightError: it is running already.
         ConfigError: keys have changed that its model was trained with.
     """
-    if run.is_alive():
+    if is_alive(run):
         raise PreflightError(
             f"run '{run.name}' is already running",
             where=str(run.path),
@@ -207,7 +222,9 @@ def _submit(request: Request, run: RunDir) -> Started:
     attempt.record_launch_event("submit", argv=list(request.argv), launcher=request.launcher_reason)
     if forced:
         attempt.record_launch_event("forced", changes={key: list(values) for key, values in forced.items()})
-    return Started(attempt, LocalLauncher().submit(request.job(attempt), detach=not request.config.wait))
+    launcher = launcher_named(request.config.launcher.name)
+    code = None if launcher.name == "local" else copy_code(attempt, request.config.plugins)
+    return Started(attempt, launcher.submit(request.job(attempt, code), detach=not request.config.wait))
 
 
 def _remove_unstarted(run: RunDir, before: list[int], *, is_new: bool) -> None:
@@ -222,24 +239,48 @@ def describe(request: Request) -> str:
     """Returns what would be started, for --dry-run."""
     run = request.run or RunDir(request.root / f"{request.config.recipe}-{request.config.run or '<new id>'}")
     number = (run.attempt_numbers() or [0])[-1] + 1 if request.run else 1
-    return LocalLauncher().describe(request.job(Attempt(run, number)))
+    attempt = Attempt(run, number)
+    launcher = launcher_named(request.config.launcher.name)
+    code = None if launcher.name == "local" else attempt.path / "code" / "tree"
+    return launcher.describe(request.job(attempt, code))
 
 
-def _choose_launcher(config: Config) -> str:
-    """Returns why the ranks run on this machine; nothing else is built into this version."""
-    if config.launcher.nodes != 1:
+def _with_launcher(config: Config) -> tuple[Config, str]:
+    """Returns the configuration with launcher and waiting decided, and why it is this launcher, for people."""
+    name, reason = _choose_launcher(config)
+    if name == "local" and config.launcher.nodes != 1:
         raise ConfigError(
-            f"{config.launcher.nodes} nodes, and the local launcher has this machine only", where="launcher.nodes", fix="launcher.nodes=1"
+            f"{config.launcher.nodes} nodes, and the local launcher has this machine only",
+            where="launcher.nodes",
+            fix="launcher.nodes=1, or launcher=slurm on a cluster",
         )
-    if config.launcher.name == "local":
-        return "local (launcher=local)"
+    if name == "slurm":
+        slurm_script.check(config.launcher)
+    wait = name == "local" if config.wait is None else config.wait
+    return replace(config, wait=wait, launcher=replace(config.launcher, name=name)), f"{name} ({reason})"
+
+
+def _choose_launcher(config: Config) -> tuple[str, str]:
+    if config.launcher.name != "auto":
+        return config.launcher.name, f"launcher={config.launcher.name}"
     if "SLURM_JOB_ID" in os.environ:
-        return f"local: this version has no Slurm launcher; inside allocation {os.environ['SLURM_JOB_ID']} it uses this machine only"
-    if shutil.which("sbatch"):
-        return "local: sbatch is here, but this version has no Slurm launcher; everything runs on this machine"
+        return "local", f"inside allocation {os.environ['SLURM_JOB_ID']}: on this machine of it; launcher=slurm submits a job"
+    if slurm_queue.is_installed():
+        if slurm_queue.answers():
+            return "slurm", "sbatch is here and a controller answers"
+        return "local", "sbatch is here, but no controller answers"
     if "RAY_ADDRESS" in os.environ:
-        return "local: RAY_ADDRESS is set, but this version has no Ray launcher; everything runs on this machine"
-    return "local: no Slurm and no Ray found, so everything runs on this machine"
+        return "local", "RAY_ADDRESS is set, but this version has no Ray launcher"
+    return "local", "no Slurm and no Ray found, so everything runs on this machine"
+
+
+def _hardware(config: Config) -> Hardware:
+    """Returns what a node of the job has; a login node with no cards says nothing about that."""
+    options, hardware = config.launcher, config.hardware
+    if options.name == "local" or not (options.gpus_per_node or options.gres) or hardware.device != "auto":
+        return detect(hardware)
+    found = detect(replace(hardware, device="cuda"))
+    return replace(found, name="GPU" if found.name == "auto" else found.name, num_devices=options.gpus_per_node or found.num_devices)
 
 
 def _plan(config: Config, hardware: Hardware, cache: Path) -> Plan:

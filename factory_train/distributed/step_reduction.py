@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 # Places in the reduced vector.
-_LOSS, _GRAD_SQUARES, _PREEMPT, _INTERRUPT, _HASH, _PARTS_WRITTEN, _PARTS_FAILED, _SIZE = range(8)
+_LOSS, _GRAD_SQUARES, _PREEMPT, _INTERRUPT, _HASH, _PARTS_WRITTEN, _PARTS_FAILED, _SAVE, _SIZE = range(9)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class StepFacts:
 
     Args:
         parts_written, parts_failed: ranks whose part of the checkpoint under way is written, and failed.
+        save: whether somebody asked for a checkpoint.
     """
 
     loss: float
@@ -45,6 +46,7 @@ class StepFacts:
     data_hash: int
     parts_written: int
     parts_failed: int
+    save: bool = False
 
 
 class StepReduction:
@@ -70,6 +72,7 @@ class StepReduction:
         data_hash: int,
         part_written: bool = False,
         part_failed: bool = False,
+        save: bool = False,
     ) -> tuple[StepVerdict, StepFacts | None]:
         """Reduces one step and returns its verdict (on the device) and the facts of the step before (on the host).
 
@@ -78,11 +81,12 @@ class StepReduction:
             grads: this rank's reduced gradient shards, as local tensors.
             data_hash: hash of this rank's samples; an integer below 2**53 when summed over ranks.
             part_written, part_failed: how far this rank's part of the checkpoint under way is.
+            save: whether this rank was asked for a checkpoint.
         """
         # float64: exact for the hash, and sums of squares of different shardings agree to the last digits.
         vector = torch.zeros(_SIZE, dtype=torch.float64)
         vector[_PREEMPT], vector[_INTERRUPT], vector[_HASH] = float(preempt), float(interrupt), float(data_hash)
-        vector[_PARTS_WRITTEN], vector[_PARTS_FAILED] = float(part_written), float(part_failed)
+        vector[_PARTS_WRITTEN], vector[_PARTS_FAILED], vector[_SAVE] = float(part_written), float(part_failed), float(save)
         vector = vector.pin_memory().to(self._device, non_blocking=True) if self._pinned else vector
         norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
         if norms:
@@ -102,10 +106,10 @@ class StepReduction:
         self._pending = None
         if event is not None:
             event.synchronize()
-        loss, squares, preempt, interrupt, data_hash, written, failed = vector.tolist()
+        loss, squares, preempt, interrupt, data_hash, written, failed, save = vector.tolist()
         grad_norm = squares**0.5
         skipped = not torch.isfinite(vector[:2]).all().item()
-        return StepFacts(loss, grad_norm, skipped, preempt > 0, interrupt > 0, int(data_hash), int(written), int(failed))
+        return StepFacts(loss, grad_norm, skipped, preempt > 0, interrupt > 0, int(data_hash), int(written), int(failed), save > 0)
 
     def _copy(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if not self._pinned:

@@ -134,6 +134,8 @@ def _needs_multirun(name: str, raw: str) -> ConfigError:
 
 
 def _not_a_list(name: str, raw: str) -> ConfigError:
+    if leaves()[name].item is int:
+        return ConfigError(f"{raw!r} is not a list of whole numbers", where=name, fix=f"for example {name}={leaves()[name].default}")
     return ConfigError(f"{raw!r} is not a list of names", where=name, fix=f"{name}=[{raw.strip('[]')}]")
 
 
@@ -174,7 +176,8 @@ def _convert(key: str, value: Any, raw: str) -> Any:
     elif isinstance(value, str) and "${" in value:
         return value
     elif leaf.type is list:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        # The type itself: true and false are numbers for Python, not for people.
+        if isinstance(value, list) and all(type(item) is leaf.item for item in value):
             return value
         raise _not_a_list(key, raw)
     elif leaf.type is bool:
@@ -197,8 +200,21 @@ def _convert(key: str, value: Any, raw: str) -> Any:
     raise ConfigError(f"{raw!r} is not {wanted}", where=key, fix=f"for example {key}={example}")
 
 
-def sweep_points(texts: Sequence[str]) -> list[list[str]]:
+@dataclass(frozen=True)
+class _GroupOptions:
+    """The one thing Hydra's `glob()` asks of its configuration loader."""
+
+    groups: Mapping[str, Sequence[str]]
+
+    def get_group_options(self, group_name: str, results_filter: Any = None) -> list[str]:
+        return list(self.groups.get(group_name, ()))
+
+
+def sweep_points(texts: Sequence[str], groups: Mapping[str, Sequence[str]] | None = None) -> list[list[str]]:
     """Returns the overrides of every run that `--multirun` asks for: all combinations of values, the last varying fastest.
+
+    Args:
+        groups: names of the options of every configuration group, for `group=glob(...)`.
 
     Raises:
         ConfigError: a word that is not an override, or a sweep that is not a list of values.
@@ -208,11 +224,14 @@ def sweep_points(texts: Sequence[str]) -> list[list[str]]:
     from hydra.errors import HydraException
 
     try:
-        parsed = OverridesParser.create().parse_overrides(quoted(texts))
+        parsed = OverridesParser.create(config_loader=_GroupOptions(groups or {})).parse_overrides(quoted(texts))
         batches = BasicSweeper.split_arguments(parsed, None)
     except HydraException as error:
         raise ConfigError(str(error).splitlines()[0], where="--multirun", fix="key=value1,value2 or key=range(1,4)") from error
-    return [list(point) for batch in batches for point in batch]
+    points = [list(point) for batch in batches for point in batch]
+    if not points:
+        raise ConfigError("no run follows from these words", where="--multirun", fix="a range or glob that has values in it")
+    return points
 
 
 def quoted(texts: Sequence[str]) -> list[str]:

@@ -8,8 +8,10 @@ from factory_train.commands.arguments import ArgumentParser
 from factory_train.errors import ConfigError, ExitCode, FactoryTrainError, did_you_mean
 from factory_train.run_dir import RunDir
 from factory_train.runs_index import all_runs, find_run, runs_root
+from factory_train.sweep import SweepDir, all_sweeps, find_sweep
 from factory_train.tracking.facts import read_facts
-from factory_train.tracking.store import ui_command, without_credentials
+from factory_train.tracking.store import default_uri, ui_command, without_credentials
+from factory_train.tracking.sweeps import first_config, send_sweep
 from factory_train.tracking.sync import sync
 
 _KEYS = ("runs_root", "tracking.uri")
@@ -32,11 +34,20 @@ def main(argv: list[str]) -> int:
         UnavailableError: the tracker does not answer, when one run was named.
     """
     parser = ArgumentParser("sync", "Send to MLflow what it has not seen yet.", _EPILOG)
-    parser.add_argument("words", nargs="*", metavar="RUN | key=value", help=f"a run; keys: {', '.join(_KEYS)}")
+    parser.add_argument(
+        "words", nargs="*", metavar="RUN | SWEEP | key=value", help=f"a run, or a sweep with all of its runs; keys: {', '.join(_KEYS)}"
+    )
     names, settings = _split(parser.parse(argv).words)
     root, uri = runs_root(settings.get("runs_root")), settings.get("tracking.uri")
     if names:
-        print(_send(find_run(names[0], root), uri))
+        sweep = find_sweep(root, names[0])
+        if sweep is None:
+            print(_send(find_run(names[0], root), uri))
+            return ExitCode.OK
+        for point in sweep.record().points:
+            if run := sweep.run(point):
+                print(_send(run, uri))
+        print(_send_sweep(sweep, uri))
         return ExitCode.OK
     worst, runs = ExitCode.OK, all_runs(root)
     if not runs:
@@ -51,6 +62,12 @@ def main(argv: list[str]) -> int:
         except FactoryTrainError as error:
             # One run that cannot be sent does not keep the others back.
             print(f"error: {run.name}: {error}", file=sys.stderr)
+            worst = max(worst, error.exit_code)
+    for sweep in all_sweeps(root):
+        try:
+            print(_send_sweep(sweep, uri))
+        except FactoryTrainError as error:
+            print(f"error: {sweep.name}: {error}", file=sys.stderr)
             worst = max(worst, error.exit_code)
     return worst
 
@@ -82,3 +99,13 @@ def _send(run: RunDir, uri: str | None) -> str:
     lines.append(f"  {without_credentials(result.uri)}  experiment {state.experiment}  run {state.mlflow_run_id}")
     lines.append(f"  look: {ui_command(result.uri)}")
     return "\n".join(lines)
+
+
+def _send_sweep(sweep: SweepDir, uri: str | None) -> str:
+    """Sends what compares the points of a sweep and returns what happened, for a person."""
+    config = first_config(sweep)
+    if config is None or (uri is None and config.tracking.backend == "none"):
+        return f"{sweep.name}: {'tracking is off' if config else 'no point was started'}, nothing sent"
+    uri = uri or config.tracking.uri or default_uri(sweep.path.parent)
+    run_id = send_sweep(sweep, uri, config.tracking.experiment)
+    return f"{sweep.name}: the comparison of its points\n  {without_credentials(uri)}  run {run_id}"

@@ -11,17 +11,16 @@ from factory_train.commands import submission
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.follow import follow, passing_on_signals
 from factory_train.commands.submission import Request
-from factory_train.commands.summary import newest_evaluation, next_commands, shown
+from factory_train.commands.summary import next_commands, shown
 from factory_train.compose import Composition, compose_run, differences
 from factory_train.config import Config
-from factory_train.errors import ConfigError, ExitCode, FactoryTrainError
-from factory_train.overrides import sweep_points
+from factory_train.errors import ConfigError, ExitCode
 from factory_train.run_dir import RunDir
 
 _EPILOG = """examples:
   python -m factory_train recipe=llama_fsdp
   python -m factory_train recipe=llama_ddp data.path=book.txt train.steps=2000 run=book
-  python -m factory_train recipe=llama_fsdp --multirun optim.lr=1e-3,3e-3
+  python -m factory_train recipe=llama_fsdp --multirun optim.lr=1e-3,3e-3 sweep=lr
 
 python -m factory_train --help lists every group and key."""
 
@@ -34,15 +33,25 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="show the plan and what would be started; write nothing")
     parser.add_argument("--force", action="store_true", help="continue a run although keys changed that it was trained with; recorded")
-    parser.add_argument("--multirun", "-m", action="store_true", help="one run for every combination of comma-separated values")
+    parser.add_argument("--multirun", "-m", action="store_true", help="a sweep: one run for every combination of comma-separated values")
     parser.add_argument("--config-dir", "-cd", metavar="DIR", help="your own recipes and groups, beside the package's")
     if hydra_app.is_for_hydra(argv):
         return hydra_app.run(argv)
     arguments = parser.parse(argv)
     if arguments.multirun:
-        points = sweep_points(arguments.overrides)
-        return _sweep(points, argv, arguments.config_dir, force=arguments.force, dry_run=arguments.dry_run)
+        from factory_train.commands import sweep
+
+        return sweep.main(
+            arguments.overrides,
+            argv,
+            arguments.config_dir,
+            force=arguments.force,
+            dry_run=arguments.dry_run,
+            show=lambda draft: _dry_run(draft.request, draft.composition),
+        )
     composition = compose_run(arguments.overrides, arguments.config_dir)
+    if composition.config.sweep is not None:
+        raise ConfigError("it names a sweep, and this is one run", where="sweep", fix="--multirun (-m), or run=NAME for one run")
     request = submission.check_request(composition.config, argv, force=arguments.force, dry_run=arguments.dry_run)
     return _dry_run(request, composition) if arguments.dry_run else carry_out(request).exit_code
 
@@ -107,46 +116,3 @@ def _show_plan(request: Request) -> None:
 
 def _yaml(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _sweep(points: Sequence[list[str]], argv: Sequence[str], config_dir: str | None, *, force: bool, dry_run: bool) -> int:
-    """Runs every point as a run of its own, one after another: this machine has room for one."""
-    compositions = [compose_run(point, config_dir) for point in points]
-    # What all points share needs no repeating.
-    labels = [" ".join(word for index, word in enumerate(point) if any(other[index] != word for other in points)) for point in points]
-    configs = [composition.config for composition in compositions]
-    names = [config.run for config in configs if config.run is not None]
-    if len(set(names)) < len(names):
-        raise ConfigError("one name cannot name every run of a sweep", where="run", fix="leave run= out")
-    if not all(config.wait for config in configs):
-        raise ConfigError("the runs of a sweep follow one another, which somebody has to wait for", where="wait", fix="wait=true")
-    requests = []
-    # All of them are checked before the first is started.
-    for label, config in zip(labels, configs, strict=True):
-        try:
-            requests.append(submission.check_request(config, argv, force=force, dry_run=dry_run))
-        except FactoryTrainError as error:
-            error.where = f"{error.where} ({label})" if error.where else label
-            raise
-    outcomes: list[Outcome] = []
-    for number, (label, request, composition) in enumerate(zip(labels, requests, compositions, strict=True), start=1):
-        print(f"[{number}/{len(points)}] {label}")
-        if dry_run:
-            _dry_run(request, composition)
-            continue
-        outcomes.append(carry_out(request))
-        if outcomes[-1].exit_code in (ExitCode.INTERRUPTED, ExitCode.PREEMPTED):
-            # Somebody wants the machine back: for all of the sweep.
-            break
-    for index, label in enumerate([] if dry_run else labels):
-        print(_sweep_line(outcomes[index] if index < len(outcomes) else None, label))
-    return max((outcome.exit_code for outcome in outcomes), default=ExitCode.OK)
-
-
-def _sweep_line(outcome: Outcome | None, label: str) -> str:
-    if outcome is None:
-        return f"{'not run':<10}  {label}"
-    state = "ok" if outcome.exit_code == ExitCode.OK else f"exit {outcome.exit_code}"
-    evaluation = newest_evaluation(outcome.run)
-    result = f"loss {evaluation['loss']:.4f}" if evaluation else "no result"
-    return f"{state:<10}  {outcome.run.name}  {result}  {label}"

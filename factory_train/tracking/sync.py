@@ -28,6 +28,7 @@ from factory_train.tracking.registration import register
 from factory_train.tracking.rows import Value, evaluation_values, last_valid_steps, read_chunks, values_of
 from factory_train.tracking.state import TrackingState, load_state
 from factory_train.tracking.store import TrackingStore, default_uri, open_store, translated_errors
+from factory_train.tracking.sweeps import sweep_tags
 
 # A run without a verdict and without a sign of life for this long will not get a verdict any more.
 LOST_AFTER_S = 60.0
@@ -143,6 +144,8 @@ class Syncer:
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._inputs: set[str] = set()
+        # Found or made once: the sweep's run stays the same while its points are sent.
+        self._sweep_tags: dict[str, str] | None = None
         self._status = ""
         self._run_id: str | None = None
 
@@ -200,7 +203,9 @@ class Syncer:
     def _describe(self, store: TrackingStore, facts: RunFacts, state: TrackingState) -> None:
         from mlflow.entities import Param, RunTag
 
-        params, tags = params_of(facts), tags_of(facts)
+        if self._sweep_tags is None:
+            self._sweep_tags = sweep_tags(store, self.run)
+        params, tags = params_of(facts), tags_of(facts) | self._sweep_tags
         new = {name: value for name, value in params.items() if name not in self._params}
         for batch in _batches(list(new.items()), _BATCH_PARAMS):
             store.client.log_batch(state.mlflow_run_id, params=[Param(name, value) for name, value in batch])

@@ -5,12 +5,36 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections import deque
 from typing import Any, TextIO
 
 from factory_train import errors
 from factory_train.run_dir import Attempt
 from factory_train.tail import Follower
 from factory_train.units import format_bytes, format_count, format_duration
+
+# Over so many steps; one alone says little.
+DATA_WAIT_STEPS = 20
+# Less than this part of a step is not worth a person's attention.
+DATA_WAIT_SHOWN = 0.1
+
+
+class DataWait:
+    """The part of the step time that waiting for data takes, over the last steps."""
+
+    def __init__(self) -> None:
+        self._rows: deque[tuple[float, float]] = deque(maxlen=DATA_WAIT_STEPS)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Counts a row of kind "train"; those of old runs have no breakdown and count as no wait."""
+        if row.get("step_time_s"):
+            self._rows.append((row.get("data_s") or 0.0, row["step_time_s"]))
+
+    def significant(self) -> float | None:
+        """Returns the part, if it is more than a person should put up with."""
+        total = sum(step for _, step in self._rows)
+        part = sum(wait for wait, _ in self._rows) / total if total else 0.0
+        return part if part > DATA_WAIT_SHOWN else None
 
 
 class ProgressView:
@@ -24,11 +48,13 @@ class ProgressView:
     def __init__(self, attempt: Attempt, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._attempt = attempt
         self._rows = Follower(attempt.metrics_path)
         self._events = Follower(attempt.events_path)
         cfg = attempt.config()
         self._steps, self._log_every = cfg.train.steps, cfg.train.log_every
         self._validation: dict[str, Any] | None = None
+        self._data_wait = DataWait()
         self._live_text = ""
 
     def update(self) -> None:
@@ -60,12 +86,23 @@ class ProgressView:
             self._print(f"{'warning':<10}  no checkpoint of step {event['step']}, training goes on: {event['message']}{fix}")
         elif kind == "init":
             self._print(f"{'init':<10}  {event['message']}")
+        elif kind == "profile":
+            self._print(f"{'profile':<10}  steps {event['first']} to {event['step']}: {self._attempt.path / event['table']}")
+        elif kind == "profile-failed":
+            self._print(f"{'warning':<10}  no profile: {event['message']}")
+        elif kind == "host-sync":
+            places = event["places"]
+            more = f" and {len(places) - 1} more places (events.jsonl)" if len(places) > 1 else ""
+            self._print(f"{'warning':<10}  the host waits for the card at {places[0]}{more}")
 
     def _show_row(self, row: dict[str, Any]) -> None:
         if row["kind"] == "validation":
             self._validation = row
             self._print(f"val step={row['step']} loss={_number(row['loss'])} bpb={_number(row['bits_per_byte'])}")
-        elif row["kind"] == "train" and self._live:
+            return
+        if row["kind"] == "train":
+            self._data_wait.add(row)
+        if row["kind"] == "train" and self._live:
             self._rewrite(self._live_line(row))
         elif row["kind"] == "train" and (row["step"] % self._log_every == 0 or row["step"] == self._steps):
             self._print(self._plain_line(row))
@@ -81,6 +118,7 @@ class ProgressView:
             *([f"mfu={row['mfu']:.3f}"] if "mfu" in row else []),
             f"mem={format_bytes(row['memory_bytes'])}",
             f"eta={self._remaining(row)}",
+            *([f"data_wait={wait:.0%}"] if (wait := self._data_wait.significant()) else []),
             *(["skipped=1"] if row["skipped"] else []),
         ]
         return " ".join(parts)
@@ -94,6 +132,8 @@ class ProgressView:
             format_bytes(row["memory_bytes"]),
             f"ETA {self._remaining(row)}",
         ]
+        if wait := self._data_wait.significant():
+            parts.append(f"data wait {wait:.0%}")
         if self._validation:
             parts.append(f"val {_number(self._validation['loss'])}")
         return "  ".join(parts)

@@ -66,6 +66,13 @@ class PreflightError(FactoryTrainError):
     by_user = True
 
 
+class OutOfMemoryError(FactoryTrainError):
+    """Memory that ran out while training: the same run on the same devices would run out again."""
+
+    exit_code = ExitCode.PREFLIGHT
+    by_user = True
+
+
 class NotFoundError(FactoryTrainError):
     """A run, checkpoint or file that is not there."""
 
@@ -87,6 +94,13 @@ class UnavailableError(FactoryTrainError):
     """A scheduler or tracking server that does not answer."""
 
     exit_code = ExitCode.UNAVAILABLE
+
+
+class PolicyError(FactoryTrainError):
+    """A limit or rule of the site that the request would break."""
+
+    exit_code = ExitCode.POLICY_REFUSED
+    by_user = True
 
 
 class DivergenceError(FactoryTrainError):

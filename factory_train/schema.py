@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
@@ -11,11 +12,12 @@ from factory_train.config import Config
 
 @dataclass(frozen=True)
 class Leaf:
-    """Type and default of one key of the schema; `list` is a list of text."""
+    """Type and default of one key of the schema, and for a list the type of its items."""
 
     type: type
     optional: bool
     default: Any
+    item: builtins.type = str
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def _schema() -> tuple[dict[str, Leaf], dict[str, Section]]:
                 walk(kind, name + ".")
             else:
                 default = item.default if item.default_factory is MISSING else item.default_factory()
-                leaves[name] = Leaf(kind, optional, default)
+                leaves[name] = Leaf(kind, optional, default, parts[0] if is_list else str)
 
     walk(Config, "")
     return leaves, sections

@@ -34,25 +34,31 @@ class Throughput:
         """Begins a new step now: time since the last one (validation, a save) is not training time."""
         self._last = time.perf_counter()
 
-    def step_done(self) -> dict[str, float]:
-        """Closes a step and returns its figures; speeds are means over the last `WINDOW_STEPS`."""
+    def step_done(self, *, typical: bool = True) -> dict[str, float]:
+        """Closes a step and returns its figures; speeds are means over the last `WINDOW_STEPS`.
+
+        Args:
+            typical: False for a step that was slowed down (profiled): it counts for no later step's speed.
+        """
         now = time.perf_counter()
-        self._step_times_s.append(now - self._last)
-        self._last = now
-        mean_s = sum(self._step_times_s) / len(self._step_times_s)
+        step_time_s, self._last = now - self._last, now
+        if typical:
+            self._step_times_s.append(step_time_s)
+        times = self._step_times_s or (step_time_s,)
+        mean_s = sum(times) / len(times)
         flops_per_s = self._tokens_per_step * self._flops_per_token / mean_s / self._world_size
         figures = {
-            "step_time_s": self._step_times_s[-1],
+            "step_time_s": step_time_s,
             "tokens_per_s": self._tokens_per_step / mean_s,
             "tflops_per_s": flops_per_s / 1e12,
-            "memory_bytes": float(_peak_memory_bytes(self._device)),
+            "memory_bytes": float(peak_memory_bytes(self._device)),
         }
         if self._peak_flops:
             figures["mfu"] = flops_per_s / self._peak_flops
         return figures
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Returns the most memory this rank has held: CUDA allocator's reserve, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)

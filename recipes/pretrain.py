@@ -29,6 +29,7 @@ def prepare(cfg: Config, attempt: Attempt) -> ExitCode:
 def train(cfg: Config, attempt: Attempt, env: WorkerEnv, stop: StopSignal) -> ExitCode:
     """Trains on this rank; rank 0 writes the verdict when training stops before its end."""
     from factory_train.data.manifest import DataManifest, cache_root, find_prepared
+    from factory_train.diagnostics.out_of_memory import explaining_out_of_memory
     from factory_train.distributed.process_group import choose_device, process_group
     from factory_train.distributed.runtime import configure_runtime
     from factory_train.errors import DataError
@@ -45,14 +46,17 @@ def train(cfg: Config, attempt: Attempt, env: WorkerEnv, stop: StopSignal) -> Ex
     cfg.launcher.nodes, cfg.launcher.tasks_per_node = env.world_size // env.local_world_size, env.local_world_size
     plan = make_plan(cfg, cfg.model.vocab_size or manifest.vocab_size, detect(cfg.hardware), vocab_exact=True)
     device = choose_device(cfg.hardware.device, env.local_rank)
-    with process_group(env, attempt.path / "rendezvous.json", device):
+    with (
+        process_group(env, attempt.path / "rendezvous.json", device, allow_loopback=cfg.launcher.fabric == "loopback"),
+        explaining_out_of_memory(cfg, plan, attempt, env.rank, device, stop.place),
+    ):
         trainer = Trainer(cfg, plan, attempt, env, device, stop, dataset)
         outcome = trainer.train()
     if outcome is Outcome.DONE:
         return ExitCode.OK
     code = ExitCode.INTERRUPTED if outcome is Outcome.INTERRUPTED else ExitCode.PREEMPTED
     if env.rank == 0:
-        reason = "interrupted by the user" if outcome is Outcome.INTERRUPTED else "asked to stop (SIGTERM)"
+        reason = "interrupted by the user" if outcome is Outcome.INTERRUPTED else stop.reason
         attempt.write_verdict(outcome.value, code, step=trainer.step, reason=f"{reason}; saved at step {trainer.step}")
     return code
 

@@ -6,6 +6,8 @@ python -m pytest -m multigpu      # unverified by the authors: no machine with s
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from gang import run_gang, start_run
 from test_training import rows, small_config, text_file  # noqa: F401 (a fixture)
 
 from factory_train.config import Config
+from factory_train.diagnostics.out_of_memory import is_out_of_memory
+from factory_train.diagnostics.sync_check import SyncCheck
 from factory_train.run_dir import RunDir
 
 STEPS = 20
@@ -101,3 +105,44 @@ def test_two_cards_train_as_the_cpu_does_and_resume_on_one(
     longer = start_run(tmp_path, strategy, config(text_file, "cuda", steps=STEPS + 4))
     run_gang([(longer, 1)])
     assert RunDir.open(longer.run.path).metrics()[-1]["step"] == STEPS + 4
+
+
+@pytest.mark.gpu
+def test_a_profiled_step_on_one_card_has_kernels_a_breakdown_and_a_memory_snapshot(text_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Unverified by the authors: no card was at hand when it was written."""
+    cfg = config(text_file, "cuda")
+    cfg.profile.steps, cfg.profile.memory = "10:12", True
+    attempt = start_run(tmp_path, "profiled", cfg)
+    run_gang([(attempt, 1)])
+    with gzip.open(attempt.path / "profile/rank-00000-steps-10-12.json.gz") as file:
+        categories = {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert {"kernel", "user_annotation"} <= categories
+    assert (attempt.path / "profile/rank-00000-steps-10-12.memory.pickle").stat().st_size > 0
+    found = rows(attempt)
+    assert all(row["compute_s"] > 0 and row["reduce_s"] > 0 and row["data_s"] >= 0 for row in found)
+    assert all(row["optimizer_s"] > 0 for row in found[1:])
+    # The trainer itself never makes the host wait.
+    assert [event for event in attempt.events() if event["event"] == "host-sync"] == []
+
+
+@pytest.mark.gpu
+def test_code_that_makes_the_host_wait_is_named() -> None:
+    """Unverified by the authors: no card was at hand when it was written."""
+    events: list[dict] = []
+    check = SyncCheck(torch.device("cuda"), lambda kind, **facts: events.append(facts))
+    tensor = torch.ones(4, device="cuda")
+    for step in range(1, 12):
+        check.before_step()
+        tensor.sum().item()
+        check.after_step(step)
+    assert torch.cuda.get_sync_debug_mode() == 0
+    (event,) = events
+    assert event["places"][0].startswith(f"{__file__}:")
+
+
+@pytest.mark.gpu
+def test_running_out_of_the_cards_memory_is_recognised() -> None:
+    """Unverified by the authors: no card was at hand when it was written."""
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(10**15, device="cuda")
+    assert is_out_of_memory(caught.value)

@@ -26,8 +26,10 @@ VERBS = {
     "evaluate": "measure a run's model on its validation text",
     "generate": "continue a prompt with a run's model",
     "checkpoint": "list, verify, show, diff, prune and mark checkpoints",
+    "report": "write a run's report.html and report.md, while it runs too",
     "export": "write a run's model in Hugging Face layout",
     "sync": "send what MLflow has not seen yet",
+    "doctor": "look at the environment, the filesystem, the network and the scheduler",
 }
 
 _FULL_TRACEBACK = "FACTORY_TRAIN_TRACEBACK"

@@ -34,3 +34,8 @@ def format_duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def format_wait(seconds: float) -> str:
+    """Returns a duration that may be a matter of milliseconds: 3.2 ms, else as `format_duration`."""
+    return f"{1000 * seconds:.3g} ms" if 0 < seconds < 0.95 else format_duration(seconds)

@@ -84,11 +84,22 @@ def test_attempts_are_listed_and_lost_steps_do_not_count(tmp_path: Path) -> None
 
 def test_losses_that_are_not_finite_are_left_out_of_the_plot(tmp_path: Path) -> None:
     run, attempt, _ = new_run(tmp_path)
-    for step in (1, 2):
-        storage.append_json_line(attempt.metrics_path, {"kind": "train", "step": step, "time": 1.0, "loss": None, "skipped": 1})
+    for step, loss in enumerate((8.0, None, None, 7.0), start=1):
+        row = {"kind": "train", "step": step, "time": 1.0, "loss": loss, "grad_norm": loss, "skipped": int(loss is None)}
+        storage.append_json_line(attempt.metrics_path, row)
     text = write_report(run).read_text()
     assert "| steps skipped (not finite) | 2 |" in text
+    assert "from 8.000 to 7.000 nats a token" in text
+    assert "2 steps were skipped" in text
     assert png_size(run.path / "report" / "loss.png")
+
+
+def test_nothing_finite_makes_no_plot_of_it(tmp_path: Path) -> None:
+    run, attempt, _ = new_run(tmp_path)
+    storage.append_json_line(attempt.metrics_path, {"kind": "train", "step": 1, "time": 1.0, "loss": None, "lr": 0.1, "skipped": 1})
+    text = write_report(run).read_text()
+    assert "(report/loss.png)" not in text
+    assert "(report/lr.png)" in text
 
 
 def test_password_of_the_tracker_is_not_in_the_report(tmp_path: Path) -> None:

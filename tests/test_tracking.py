@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from synthetic_run import BASELINES, START_S, finish, new_run, train
 
 from factory_train import storage
 from factory_train.errors import ConfigError, ExitCode, UnavailableError
+from factory_train.report import write_report
 from factory_train.run_dir import RunDir, process_started_at
 from factory_train.tracking import registration
 from factory_train.tracking import store as store_module
@@ -156,6 +158,28 @@ def test_run_page_tells_configuration_lineage_and_result(root: Path) -> None:
     assert {"config.yaml", "report.md", "plots.html", "samples.md", "report", "evaluation"} <= artifacts(result)
     [dataset] = page.inputs.dataset_inputs
     assert dataset.dataset.digest == ("9f" * 32)[:16]
+
+
+def test_page_of_the_report_samples_and_parts_of_a_step_arrive(root: Path) -> None:
+    run, attempt, _ = new_run(root, "seen")
+    train(attempt, 1, 20)
+    phases = {"data_s": 0.01, "compute_s": 0.4, "reduce_s": 0.05, "optimizer_s": 0.02}
+    storage.append_json_line(attempt.metrics_path, {"kind": "train", "step": 21, "time": START_S + 21, "loss": 4.0, **phases})
+    attempt.record_error({"rank": 0, "message": "out of memory"})
+    write_report(run)
+    result = sync(run)
+    assert {name: curve(result, f"step/{name}")[0][:2] for name in phases} == {name: (21, value) for name, value in phases.items()}
+    assert {"report.html", "report.md", "samples.json", "report"} <= artifacts(result)
+    assert not {"plots.html", "ERROR.json"} & artifacts(result)
+    assert "attempts/0001/ERROR.json" in artifacts(result, "attempts/0001")
+    client = opened(result).client
+    page = Path(client.download_artifacts(result.state.mlflow_run_id, "report.html"))
+    assert page.read_bytes() == (run.path / "report.html").read_bytes()
+    assert "see report.html" in Path(client.download_artifacts(result.state.mlflow_run_id, "report.md")).read_text()
+    table = json.loads(Path(client.download_artifacts(result.state.mlflow_run_id, "samples.json")).read_text())
+    assert table["columns"] == ["step", "prompt", "text"]
+    assert [row[0] for row in table["data"]] == [10, 20]
+    assert json.loads(fetched(result).data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
 
 
 def test_sending_again_changes_nothing(root: Path) -> None:

@@ -112,6 +112,10 @@ def read_facts(run: RunDir) -> RunFacts:
     )
 
 
+def html_report_path(run: RunDir) -> Path:
+    return run.path / "report.html"
+
+
 def _object(path: Path) -> dict[str, Any]:
     value = storage.read_json(path)
     return value if isinstance(value, dict) else {}

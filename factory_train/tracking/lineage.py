@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import shlex
 from datetime import UTC, datetime
 from typing import Any
 
@@ -85,7 +86,7 @@ def tags_of(facts: RunFacts) -> dict[str, str]:
         **identity_tags(facts),
         "mlflow.runName": facts.run.name,
         "mlflow.user": facts.info.get("user"),
-        "mlflow.source.name": _command(facts),
+        "mlflow.source.name": command_line(facts.code.get("argv") or [f"recipe={facts.config.recipe}"]),
         "mlflow.source.type": "JOB",
         "mlflow.source.git.commit": code.get("git_sha"),
         "mlflow.note.content": page_text(facts),
@@ -113,11 +114,10 @@ def tags_of(facts: RunFacts) -> dict[str, str]:
     return {name: str(value)[:MAX_TAG_CHARS] for name, value in tags.items() if value not in (None, "")}
 
 
-def _command(facts: RunFacts) -> str:
-    """Returns the command that started the run, without the password a tracking URI in it may carry."""
-    argv = facts.code.get("argv") or [f"recipe={facts.config.recipe}"]
+def command_line(argv: list[str]) -> str:
+    """Returns the command with these words as a shell takes it, without the password a tracking URI in it may carry."""
     words = [f"{name}{equals}{without_credentials(value)}" for name, equals, value in (word.partition("=") for word in argv)]
-    return " ".join(["python -m factory_train", *words])
+    return " ".join(["python -m factory_train", *map(shlex.quote, words)])
 
 
 def description(facts: RunFacts) -> list[str]:
@@ -146,24 +146,31 @@ def page_text(facts: RunFacts) -> str:
     if verdict := facts.attempt.verdict():
         after = format_duration(verdict.time - facts.info["created"])
         paragraphs.append(f"Attempt {facts.attempt.number} ended **{verdict.outcome}** {after} after the run began: {verdict.reason}.")
-    paragraphs.append(f"Run directory: `{facts.run.path}`. Artifacts: report.md, plots.html, samples.md, config.yaml.")
+    paragraphs.append(f"Run directory: `{facts.run.path}`. Artifacts: report.html, report.md, samples.md, config.yaml.")
     commands = (f"`python -m factory_train {verb} {name}`" for verb in ("status", "evaluate", "export"))
     paragraphs.append("Commands: " + ", ".join(commands))
     return "\n\n".join(paragraphs)
 
 
 def result_table(facts: RunFacts) -> str:
-    """Returns validation loss, perplexity and bits per byte beside the baselines, as a Markdown table; best first."""
+    """Returns `result_rows` as a Markdown table."""
+    rows = [(f"**{label}**" if ours else label, *figures) for label, ours, *figures in result_rows(facts)]
+    lines = ["| validation | loss (nats/token) | perplexity | bits per byte |", "|---|---:|---:|---:|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def result_rows(facts: RunFacts) -> list[tuple[str, bool, str, str, str]]:
+    """Returns this model and the baselines, best first: label, whether it is this model, loss, perplexity and bits per byte."""
     evaluation = facts.evaluation
     assert evaluation is not None
     # Bits per byte is a fixed multiple of nats per token on the same text.
     bits_per_nat = evaluation["bits_per_byte"] / evaluation["loss"] if evaluation["loss"] else math.nan
-    rows = [(f"**this model, step {evaluation['step']}**", evaluation["loss"])]
-    rows += [(baseline_label(name), loss) for name, loss in facts.baselines.items()]
-    lines = ["| validation | loss (nats/token) | perplexity | bits per byte |", "|---|---:|---:|---:|"]
-    for label, loss in sorted(rows, key=lambda row: row[1]):
-        lines.append(f"| {label} | {loss:.4f} | {math.exp(min(loss, 700)):,.1f} | {loss * bits_per_nat:.4f} |")
-    return "\n".join(lines)
+    losses = [(f"this model, step {evaluation['step']}", True, evaluation["loss"])]
+    losses += [(baseline_label(name), False, loss) for name, loss in facts.baselines.items()]
+    return [
+        (label, ours, f"{loss:.4f}", f"{math.exp(min(loss, 700)):,.1f}", f"{loss * bits_per_nat:.4f}")
+        for label, ours, loss in sorted(losses, key=lambda row: row[2])
+    ]
 
 
 def baseline_label(name: str) -> str:

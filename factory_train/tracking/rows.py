@@ -26,6 +26,11 @@ TRAIN_NAMES = {
     "mfu": "perf/mfu",
     "memory_bytes": "mem/bytes",
     "ckpt_stall_s": "perf/ckpt_stall_s",
+    # Where the time of a step goes.
+    "data_s": "step/data_s",
+    "compute_s": "step/compute_s",
+    "reduce_s": "step/reduce_s",
+    "optimizer_s": "step/optimizer_s",
 }
 VALIDATION_NAMES = {"loss": "validation/loss", "bits_per_byte": "validation/bits_per_byte"}
 _NAMES = {"train": TRAIN_NAMES, "validation": VALIDATION_NAMES}

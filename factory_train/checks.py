@@ -43,6 +43,7 @@ _POSITIVE = (
     "train.num_threads",
     "optim.lr",
     "optim.eps",
+    "optim.ns_steps",
     "parallel.dp_replicate",
     "parallel.cp",
     "parallel.tp",
@@ -50,6 +51,7 @@ _POSITIVE = (
     "checkpoint.keep_last",
     "launcher.nodes",
     "launcher.tasks_per_node",
+    "launcher.sweep_parallel",
     "tracking.sync_every_s",
     "hardware.memory_bytes",
     "hardware.peak_flops",
@@ -58,19 +60,26 @@ _NOT_NEGATIVE = (
     "checkpoint.keep_every_steps",
     "checkpoint.keep_best",
     "train.seed",
+    "train.z_loss",
     "train.validate_every",
     "optim.weight_decay",
     "optim.max_grad_norm",
     "optim.warmup_steps",
     "launcher.grace_s",
+    "launcher.hang_s",
+    "launcher.stall_s",
+    "train.gc_every_steps",
     "evaluation.sample_tokens",
     "evaluation.temperature",
 )
+# Traces of more steps than this take minutes to write and no viewer opens them.
+MAX_PROFILED_STEPS = 50
 # Key: (lowest, highest, whether the bounds themselves are refused at each end).
 _RANGES = {
     "data.validation_fraction": (0.0, 0.5, True, False),
     "optim.beta1": (0.0, 1.0, False, True),
     "optim.beta2": (0.0, 1.0, False, True),
+    "optim.momentum": (0.0, 1.0, False, True),
     "optim.decay_fraction": (0.0, 1.0, False, False),
     "optim.min_lr_ratio": (0.0, 1.0, False, False),
 }
@@ -90,6 +99,7 @@ def check_config(config: Config) -> None:
     _check_training(config)
     _check_checkpoint(config)
     _check_precision(config)
+    _check_profile(config)
 
 
 def check_choices(config: Config) -> None:
@@ -118,6 +128,8 @@ def check_world(config: Config, world_size: int) -> None:
         ConfigError: it does not.
     """
     parallel = config.parallel
+    if config.profile.steps is not None and (absent := [rank for rank in config.profile.ranks if not 0 <= rank < world_size]):
+        raise ConfigError(f"there is no rank {absent[0]} among {world_size}", where="profile.ranks", fix="profile.ranks=[0]")
     for axis in ("cp", "tp"):
         if getattr(parallel, axis) > 1:
             raise ConfigError(
@@ -200,8 +212,9 @@ def check_vocabulary(config: Config, tokenizer_size: int | None) -> None:
 
 
 def _check_name(config: Config) -> None:
-    if config.run is not None and not re.fullmatch(r"[^\W_][\w.-]*", config.run):
-        raise ConfigError(f"'{config.run}' cannot name a folder", where="run", fix="run=NAME of letters, digits, '-', '_' and '.'")
+    for key, name in (("sweep", config.sweep), ("run", config.run)):
+        if name is not None and not re.fullmatch(r"[^\W_][\w.-]*", name):
+            raise ConfigError(f"'{name}' cannot name a folder", where=key, fix=f"{key}=NAME of letters, digits, '-', '_' and '.'")
 
 
 def _check_numbers(config: Config) -> None:
@@ -286,6 +299,12 @@ def _check_training(config: Config) -> None:
             where="train.global_batch_tokens",
             fix=nearest,
         )
+    if train.loss_impl == "chunked" and train.loss != "cross_entropy":
+        raise ConfigError(
+            f"only the cross-entropy is computed in chunks, and train.loss={train.loss}",
+            where="train.loss_impl",
+            fix="train.loss_impl=plain",
+        )
     if optim.warmup_steps >= train.steps and optim.warmup_steps > 0:
         raise ConfigError(
             f"{optim.warmup_steps} steps of warm-up do not end within {train.steps} steps",
@@ -309,6 +328,29 @@ def _check_precision(config: Config) -> None:
     if "float64" in wide.values() and set(wide.values()) != {"float64"}:
         mixed = ", ".join(f"{name} {value}" for name, value in wide.items())
         raise ConfigError(f"float64 is for all of it or none ({mixed})", where="precision", fix="precision=fp64, or precision=fp32")
+
+
+def _check_profile(config: Config) -> None:
+    last, key = config.train.steps, "profile.steps"
+    example = f"{key}=10:13" if last >= 12 else f"{key}=1:{min(last, 3) + 1}"
+    try:
+        window = config.profile.window()
+    except ValueError as error:
+        # YAML 1.1 reads 10:13 as a number in base 60.
+        hint = f'{example}, in a YAML file with quotes: steps: "10:13"'
+        raise ConfigError(str(error), where=key, fix=hint) from None
+    if window is None:
+        return
+    if window.start < 1 or not window:
+        raise ConfigError(f"{config.profile.steps} holds no step: the first is 1, and STOP is not in it", where=key, fix=example)
+    if window[-1] > last:
+        raise ConfigError(f"the run ends after step {last}", where=key, fix=f"{example}, or {key}=null")
+    if len(window) > MAX_PROFILED_STEPS:
+        raise ConfigError(
+            f"{len(window)} steps make a trace too large to open, {MAX_PROFILED_STEPS} are the most",
+            where=key,
+            fix=f"{key}={window.start}:{window.start + 3}",
+        )
 
 
 def _neighbours(value: int, step: int) -> Iterator[int]:

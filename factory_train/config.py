@@ -86,12 +86,17 @@ class TrainConfig:
     global_batch_tokens: int = setting(4096, "target tokens of one optimizer step over all ranks")
     micro_batch_size: int = setting(4, "rows a rank processes at once; accumulation follows from it", safe=True)
     loss: str = setting("cross_entropy", "what training minimises; validation is always the cross-entropy")
+    loss_impl: str = setting(
+        "auto", "chunked never holds all logits; auto does so on GPUs", choices=("auto", "plain", "chunked"), safe=True
+    )
+    z_loss: float = setting(0.0, "weight of the squared log-partition function, which keeps logits small; part of the logged loss")
     seed: int = setting(1234, "fixes initial weights and sample order")
     log_every: int = setting(10, "steps between progress lines", safe=True)
     validate_every: int = setting(100, "steps between validations; 0 validates at the end only", safe=True)
     validation_rows: int = setting(256, "rows of seq_len tokens used by one validation, at most")
     deterministic: bool = setting(False, "pin algorithms and thread counts: the same world size repeats bit for bit", safe=True)
     num_threads: Optional[int] = setting(None, "CPU threads of a rank; null shares the machine's cores", safe=True)
+    gc_every_steps: int = setting(100, "steps between garbage collections, the same on all ranks; 0 leaves them to Python", safe=True)
 
 
 @dataclass
@@ -102,6 +107,8 @@ class OptimConfig:
     lr: float = setting(3e-3, "peak learning rate")
     beta1: float = setting(0.9, "decay of the first moment")
     beta2: float = setting(0.95, "decay of the second moment")
+    momentum: float = setting(0.95, "muon: decay of the average of gradients")
+    ns_steps: int = setting(5, "muon: iterations that make an update orthogonal")
     eps: float = setting(1e-8, "added to the root of the second moment")
     weight_decay: float = setting(0.1, "decoupled decay of matrices; norms are not decayed")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns clipping off")
@@ -156,10 +163,45 @@ class CheckpointConfig:
 class LauncherConfig:
     """Where the ranks run."""
 
-    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local"), safe=True)
+    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "slurm"), safe=True)
     nodes: int = setting(1, "number of machines", safe=True)
     tasks_per_node: Optional[int] = setting(None, "ranks a machine; null is one a GPU, or 2 without GPUs", safe=True)
+    sweep_parallel: int = setting(1, "runs of a sweep that go on at once", safe=True)
     grace_s: float = setting(120.0, "seconds the ranks have to save after a stop signal before they are ended", safe=True)
+    hang_s: float = setting(120.0, "Slurm: a rank silent for so long, while another is not, has stopped; 0 never", safe=True)
+    stall_s: float = setting(1800.0, "Slurm: training that makes no step for so long has stopped; 0 never", safe=True)
+    fabric: str = setting("auto", "network settings of NCCL and gloo", choices=("auto", "ib", "roce", "efa", "tcp", "loopback"), safe=True)
+    interface: Optional[str] = setting(None, "network interface ranks talk over (eth0); null leaves it to them", safe=True)
+    account: Optional[str] = setting(None, "Slurm account that is charged", safe=True)
+    partition: Optional[str] = setting(None, "Slurm partition; null is the site's default", safe=True)
+    qos: Optional[str] = setting(None, "Slurm quality of service", safe=True)
+    reservation: Optional[str] = setting(None, "Slurm reservation", safe=True)
+    constraint: Optional[str] = setting(None, "node features, as in sbatch --constraint", safe=True)
+    gpus_per_node: Optional[int] = setting(None, "GPUs of each node, as in sbatch --gpus-per-node", safe=True)
+    gres: Optional[str] = setting(None, "generic resources of each node (gpu:a100:4), where a site wants them so", safe=True)
+    cpus_per_task: Optional[int] = setting(None, "CPU cores of each rank", safe=True)
+    memory: Optional[str] = setting(None, "memory of each node (64G; 0 is all of it), as in sbatch --mem", safe=True)
+    time: Optional[str] = setting(None, "time limit (minutes, HH:MM:SS, D-HH:MM:SS); null is the partition's", safe=True)
+    exclusive: bool = setting(False, "share nodes with no other job", safe=True)
+    exclude: Optional[str] = setting(None, "nodes to stay away from (node[3-5])", safe=True)
+    nodelist: Optional[str] = setting(None, "nodes the job must have", safe=True)
+    comment: Optional[str] = setting(None, "comment of the job, which some sites bill by", safe=True)
+    extra: list[str] = setting([], "more sbatch flags, each as NAME=VALUE or NAME without dashes", safe=True)
+    srun_args: list[str] = setting([], "more arguments of srun", safe=True)
+    setup: list[str] = setting([], "shell lines before anything runs (module load cuda)", safe=True)
+    python: Optional[str] = setting(None, "Python on the nodes; null is the one that submits (in a container: python3)", safe=True)
+    container: Optional[str] = setting(None, "image the stages run in", safe=True)
+    container_runtime: str = setting("pyxis", "what runs the image", choices=("pyxis", "apptainer"), safe=True)
+    container_mounts: list[str] = setting([], "folders the image sees (SOURCE:TARGET), beside runs, data and code", safe=True)
+    warn_s: int = setting(120, "seconds before the time limit at which Slurm warns the ranks", safe=True)
+    requeue: str = setting(
+        "requeue",
+        "what goes on after a preemption or a lost node: the job again, one of the chain behind it, or nothing",
+        choices=("requeue", "chain", "never"),
+        safe=True,
+    )
+    chain: int = setting(4, "jobs queued behind the first where requeue=chain", safe=True)
+    then: list[str] = setting([], "jobs that follow when the run has ended well: evaluate, export", safe=True)
 
 
 @dataclass
@@ -185,6 +227,30 @@ class EvaluationConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """What is recorded about the inside of a step (docs/diagnostics.md)."""
+
+    steps: Optional[str] = setting(None, "steps to profile: 10:13 are steps 10, 11 and 12; null is none", safe=True)
+    ranks: list[int] = setting([0], "ranks that profile", safe=True)
+    shapes: bool = setting(False, "tell operators apart by the shapes of their inputs", safe=True)
+    memory: bool = setting(False, "record what operators allocate; on CUDA also where, in a snapshot", safe=True)
+    sync_check: bool = setting(True, "on CUDA: look once, early in training, for code that makes the host wait for the card", safe=True)
+
+    def window(self) -> range | None:
+        """Returns the steps to profile, counted from 1 as in metrics.jsonl; None for none.
+
+        Raises:
+            ValueError: `steps` is not of the form START:STOP.
+        """
+        if self.steps is None:
+            return None
+        start, _, stop = self.steps.partition(":")
+        if not (start.isdecimal() and stop.isdecimal()):
+            raise ValueError(f"'{self.steps}' is not START:STOP")
+        return range(int(start), int(stop))
+
+
+@dataclass
 class HardwareConfig:
     """The device a rank runs on; null fields are read from the machine."""
 
@@ -202,10 +268,11 @@ class Config:
     program: str = setting("pretrain", "module of recipes/ that runs it", choices=("pretrain",))
     plugins: list[str] = setting([], "packages imported in every process, for the names they register (docs/extending.md)")
     run: Optional[str] = setting(None, "names the run: the same command with the same run= continues it")
+    sweep: Optional[str] = setting(None, "names a sweep (-m): the same command with the same sweep= continues it", safe=True)
     init_from: Optional[str] = setting(None, "start from other weights: those of RUN or RUN@STEP, or of the Hugging Face folder in hf:PATH")
     init_strict: bool = setting(True, "false takes the weights that fit and leaves the others at their initial values")
     runs_root: Optional[str] = setting(None, "folder of all runs; null is $FACTORY_TRAIN_RUNS, else ./runs", safe=True)
-    wait: bool = setting(True, "false returns as soon as the job is started", safe=True)
+    wait: Optional[bool] = setting(None, "follow the run to its end; null does so unless a scheduler has the job", safe=True)
     model: ModelConfig = setting(ModelConfig, "model")
     data: DataConfig = setting(DataConfig, "data")
     train: TrainConfig = setting(TrainConfig, "train")
@@ -216,6 +283,7 @@ class Config:
     launcher: LauncherConfig = setting(LauncherConfig, "launcher")
     tracking: TrackingConfig = setting(TrackingConfig, "tracking")
     evaluation: EvaluationConfig = setting(EvaluationConfig, "evaluation")
+    profile: ProfileConfig = setting(ProfileConfig, "profile")
     hardware: HardwareConfig = setting(HardwareConfig, "hardware")
 
 

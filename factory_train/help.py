@@ -23,7 +23,7 @@ _EXAMPLES = (
 _FLAGS = (
     ("--dry-run", "compose, check and plan; write and start nothing"),
     ("--force", "continue a run although keys changed that it was trained with (recorded)"),
-    ("--multirun, -m", "one run for every combination of comma-separated values, one after another"),
+    ("--multirun, -m", "a sweep: one run for every combination of comma-separated values, launcher.sweep_parallel at once"),
     ("--config-dir, -cd DIR", "your own recipes and groups, beside the package's"),
     ("--cfg job|hydra|all, --resolve, --package, --info, --hydra-help, --shell-completion", "Hydra's own"),
     ("--version", ""),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from factory_train.config import Config, ModelConfig
+from factory_train.config import Config, ModelConfig, OptimConfig, TrainConfig
 from factory_train.model_size import ParameterCount
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
@@ -16,6 +16,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _RUNTIME_BYTES = {"cuda": 3 * 2**29, "cpu": 400 * 2**20}
 # What the CUDA caching allocator cannot use of what it holds.
 _FRAGMENTATION = 0.05
+# kernels.loss.CHUNK_BYTES, which torch comes with; a test holds them together.
+_CHUNK_BYTES = {"cuda": 1 << 29, "cpu": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class Memory:
     Args:
         params: master weights held between steps.
         grads: reduced gradients.
-        optimizer: both moments.
+        optimizer: moments, and what the optimizer keeps to work with.
         working_weights: copies for computing: FSDP's gathered units and their gradients, or autocast's casts.
         accumulated_grads: whole gradients that FSDP keeps between micro-batches it does not reduce.
         activations: what the layers keep for the backward pass.
-        logits: scores of the vocabulary, their log-softmax and gradient.
+        logits: scores of the vocabulary, their log-softmax and gradient; computed in chunks, the gradients of the head too.
         snapshot: this rank's share of the state, copied for an asynchronous checkpoint; in host memory, so 0 on cards.
         runtime: libraries and processes, whatever the model.
         fragmentation: held by the allocator and not usable.
@@ -54,6 +56,16 @@ class Memory:
     def states(self) -> int:
         """What is there between steps too."""
         return self.params + self.grads + self.optimizer
+
+
+def moments_numel(optim: OptimConfig, count: ParameterCount) -> int:
+    """Returns how many numbers of optimizer state a checkpoint holds: two a parameter, with Muon one for a matrix of a layer."""
+    return 2 * count.total - (count.layer_matrices if optim.name == "muon" else 0)
+
+
+def chunked_loss(train: TrainConfig, device: str) -> bool:
+    """Returns whether the loss is computed without all logits."""
+    return train.loss_impl == "chunked" or (train.loss_impl == "auto" and train.loss == "cross_entropy" and device == "cuda")
 
 
 def layer_activation_bytes(model: ModelConfig, *, compute: str, autocast: bool, device: str) -> int:
@@ -113,17 +125,33 @@ def estimate_memory(
         activations = tokens * cfg.model.num_layers * layer
     # In the backward pass: log-softmax, the gradient that reaches it, and the one that leaves it, all at least float32.
     logits = tokens * vocab_size * 3 * max(compute, 4)
+    if chunked_loss(cfg.train, device):
+        # Gradients of hidden states and head wait for the backward pass; the reference of CPUs has a copy of a chunk.
+        chunk = min(_CHUNK_BYTES[device], tokens * vocab_size * compute)
+        logits = chunk * (1 if device == "cuda" else 2) + tokens * cfg.model.dim * compute + count.embedding * max(compute, 4)
+        if sharded:
+            # They are gone when the layers, and an input embedding of its own, get their gradients, which are counted above.
+            later = count.layer * (compute + reduce) + (0 if cfg.model.tie_embeddings else count.embedding * compute)
+            logits = max(tokens * cfg.model.dim * compute, logits - later)
 
-    allocated = own * 4 * master + working + accumulated + activations + logits
+    state_bytes = (count.total + moments_numel(cfg.optim, count)) * master
+    snapshot = state_bytes // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0
+    shards = dp_shard if sharded else 1
+    optimizer = -(-moments_numel(cfg.optim, count) // shards) * master
+    if cfg.optim.name == "muon":
+        # One update of each matrix, in the type of the matmuls.
+        optimizer += -(-count.layer_matrices // shards) * (2 if device == "cuda" and master == 4 else master)
+
+    allocated = own * 2 * master + optimizer + working + accumulated + activations + logits
     return Memory(
         params=own * master,
         grads=own * master,
-        optimizer=2 * own * master,
+        optimizer=optimizer,
         working_weights=working,
         accumulated_grads=accumulated,
         activations=activations,
         logits=logits,
-        snapshot=3 * count.total * master // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0,
+        snapshot=snapshot,
         runtime=_RUNTIME_BYTES[device],
         fragmentation=int(_FRAGMENTATION * allocated) if device == "cuda" else 0,
     )

@@ -25,6 +25,11 @@ class ParameterCount:
     layer: int
     root: int
 
+    @property
+    def layer_matrices(self) -> int:
+        """Those in matrices of the layers."""
+        return self.matmul - self.embedding
+
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCount:
     """Counts the parameters of a model without building it."""

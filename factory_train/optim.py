@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -57,11 +57,13 @@ class AdamW:
     Args:
         model: its parameters may be plain tensors or DTensors; matrices are decayed, vectors are not.
         cfg: betas, eps, weight decay, clipping.
+        names: the parameters it updates; default: all that are trained.
     """
 
-    def __init__(self, model: nn.Module, cfg: OptimConfig) -> None:
+    def __init__(self, model: nn.Module, cfg: OptimConfig, names: Collection[str] | None = None) -> None:
         self._cfg = cfg
-        self._parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._parameters = {name: parameter for name, parameter in trained.items() if names is None or name in names}
         shards = {name: local_tensor(parameter.detach()) for name, parameter in self._parameters.items()}
         self._exp_avg = {name: torch.zeros_like(shard) for name, shard in shards.items()}
         self._exp_avg_sq = {name: torch.zeros_like(shard) for name, shard in shards.items()}

@@ -12,7 +12,7 @@ import yaml
 from factory_train.config import Config, ModelConfig, from_mapping
 from factory_train.errors import PreflightError
 from factory_train.hardware import Hardware
-from factory_train.memory import BYTES, Memory, estimate_memory
+from factory_train.memory import BYTES, Memory, estimate_memory, moments_numel
 from factory_train.model_size import ParameterCount, count_parameters, flops_per_token
 from factory_train.registries import ARCHITECTURES
 from factory_train.units import format_bytes, format_count
@@ -50,7 +50,7 @@ class Plan:
         params: parameter counts.
         flops_per_token: see `model_size.flops_per_token`.
         tokens_per_param: total tokens by parameters.
-        checkpoint_bytes: master weights and two moments.
+        checkpoint_bytes: master weights and optimizer state.
         memory: peak of one rank.
         hardware: name of what it runs on.
         device: "cuda" or "cpu".
@@ -222,7 +222,7 @@ def _derive(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool)
         params=count,
         flops_per_token=flops_per_token(cfg.model, vocab_size, train.seq_len),
         tokens_per_param=train.steps * tokens_per_step / count.total,
-        checkpoint_bytes=3 * BYTES[cfg.precision.params] * count.total,
+        checkpoint_bytes=BYTES[cfg.precision.params] * (count.total + moments_numel(cfg.optim, count)),
         memory=memory,
         hardware=hardware.name,
         device=hardware.device,

@@ -123,7 +123,9 @@ DATA_SOURCES: Registry[Callable[[DataConfig], Any]] = Registry(
     {"builtin": "factory_train.data.source:read_builtin", "text": "factory_train.data.source:read_text"},
 )
 # (model, optim section) -> Optimizer
-OPTIMIZERS: Registry[Callable[[Any, OptimConfig], Any]] = Registry("optimizer", "optim.name", {"adamw": "factory_train.optim:AdamW"})
+OPTIMIZERS: Registry[Callable[[Any, OptimConfig], Any]] = Registry(
+    "optimizer", "optim.name", {"adamw": "factory_train.optim:AdamW", "muon": "factory_train.optim_muon:Muon"}
+)
 # (part of the run after warm-up that is over, optim section) -> part of the peak learning rate
 SCHEDULES: Registry[Callable[[float, OptimConfig], float]] = Registry(
     "schedule", "optim.schedule", {name: f"factory_train.schedule:{name}" for name in ("wsd", "cosine", "linear", "constant")}

@@ -170,7 +170,7 @@ class RunDir:
             raise ConfigError(f"run '{run.name}' exists already", where=str(run.path)) from None
         try:
             (run.path / "attempts").mkdir()
-            run._write_info(recipe, name, time.time(), parent, 0)
+            run._write_info(recipe, name, time.time(), parent, 0, None)
         except OSError:
             # A full disk must not leave half a run behind.
             shutil.rmtree(run.path, ignore_errors=True)
@@ -223,7 +223,7 @@ class RunDir:
         """Held while an attempt is being taken, so that two commands cannot both believe they are first."""
         return self.path / ".submit.lock"
 
-    def _write_info(self, recipe: str, run_id: str, created: float, parent: str | None, attempt: int) -> None:
+    def _write_info(self, recipe: str, run_id: str, created: float, parent: str | None, attempt: int, sweep: dict[str, Any] | None) -> None:
         info = {
             "schema_version": RUN_SCHEMA_VERSION,
             "id": run_id,
@@ -233,6 +233,8 @@ class RunDir:
             "parent_run": parent,
             "current_attempt": attempt,
         }
+        if sweep is not None:
+            info["sweep"] = sweep
         storage.write_json(self.path / "run.json", info)
 
     def info(self) -> dict[str, Any]:
@@ -261,7 +263,8 @@ class RunDir:
             (attempt.path / folder).mkdir()
         storage.write_atomic(attempt.config_path, dump_config(config))
         info = self.info()
-        self._write_info(info["recipe"], info["id"], info["created"], info.get("parent_run"), attempt.number)
+        sweep = info.get("sweep") or _place_in_sweep(config)
+        self._write_info(info["recipe"], info["id"], info["created"], info.get("parent_run"), attempt.number, sweep)
         return attempt
 
     def attempt_numbers(self) -> list[int]:
@@ -302,6 +305,12 @@ class RunDir:
                 else:
                     merged.append(row)
         return merged
+
+
+def _place_in_sweep(config: Config) -> dict[str, Any] | None:
+    """Returns which point of which sweep a run is: a sweep names its runs `<sweep>-<number>`."""
+    sweep, _, number = (config.run or "").rpartition("-")
+    return {"id": sweep, "point": int(number)} if config.sweep == sweep and number.isdigit() else None
 
 
 def process_started_at(pid: int) -> float | None:

@@ -18,12 +18,13 @@ from factory_train.config import Config
 from factory_train.data.loader import Cursor, TokenLoader
 from factory_train.data.manifest import DataManifest
 from factory_train.data.shards import TokenStream
+from factory_train.diagnostics.steps import Diagnostics
 from factory_train.distributed.mesh import ParallelDims
 from factory_train.distributed.parallelize import parallelize
 from factory_train.distributed.step_reduction import StepFacts, StepReduction
 from factory_train.errors import CheckpointError, ConfigError, DivergenceError
 from factory_train.launchers.job import WorkerEnv
-from factory_train.loss import training_loss
+from factory_train.loss import TrainingLoss
 from factory_train.metrics_log import MetricsLog
 from factory_train.models.build import build_model
 from factory_train.optim import build_optimizer
@@ -31,6 +32,7 @@ from factory_train.plan import Plan
 from factory_train.preemption import StopSignal
 from factory_train.run_dir import Attempt
 from factory_train.schedule import learning_rate
+from factory_train.step_clock import StepClock
 from factory_train.throughput import Throughput
 from factory_train.validation import Validation
 
@@ -71,7 +73,7 @@ class Trainer:
         self.model = parallelize(model, self.dims.build_mesh(device.type), cfg, device)
         self.parameters = dict(self.model.module.named_parameters())
         self.optimizer = build_optimizer(self.model.module, cfg.optim)
-        self.loss = training_loss(cfg.train)
+        self.loss = TrainingLoss(cfg.train, self.model, device)
         self.reduction = StepReduction(device, self.model.grad_copies)
         self.train_tokens = TokenStream(dataset, "train")
         self.validation = Validation(self.model, cfg, attempt.run, device, dp_rank=env.rank, dp_size=self.dims.dp_size)
@@ -83,13 +85,17 @@ class Trainer:
             device=device,
         )
         self.metrics = MetricsLog(attempt, enabled=self.is_main)
-        self.saver = Saver(attempt, cfg.checkpoint, Ranks(env.rank, env.world_size), device, self.metrics.record_event)
+        record = stop.deadline.noting(self.metrics.record_event)
+        self.saver = Saver(attempt, cfg.checkpoint, Ranks(env.rank, env.world_size), device, record)
+        self.clock = StepClock(device)
+        self.diagnostics = Diagnostics(cfg, attempt, env.rank, device, self.clock, self.throughput, self.metrics.record_event)
         # Figures of validation, and the step they are of.
         self.validated: tuple[int, dict[str, float]] = (-1, {})
         self.step = 0
         self.tokens_seen = 0
         self.cursor = Cursor()
         self.outcome: Outcome | None = None
+        self._save_asked = False
         self._skipped_in_a_row = 0
         self._open_row: dict[str, Any] | None = None
 
@@ -99,6 +105,7 @@ class Trainer:
         self.metrics.write("start", self.step)
         self.saver.prepare(self._entries())
         loader = self.open_loader()
+        self.diagnostics.begin()
         try:
             self.throughput.restart_clock()
             saved_step = self.step
@@ -107,13 +114,14 @@ class Trainer:
                 if self._is_due(self.cfg.train.validate_every):
                     self.settle()
                     self._validate()
-                if self._is_due(self.cfg.checkpoint.every_steps):
+                if self._is_due(self.cfg.checkpoint.every_steps) or self._save_asked:
                     self.settle()
                     self._save()
-                    saved_step = self.step
+                    saved_step, self._save_asked = self.step, False
             self.settle()
             self._make_sure_saved(saved_step)
         finally:
+            self.diagnostics.close()
             loader.close()
             self.saver.close()
             self.metrics.close()
@@ -138,35 +146,47 @@ class Trainer:
 
     def train_step(self, loader: TokenLoader) -> None:
         """Makes one optimizer step; the host learns its figures at the next one, or in `settle`."""
+        self.diagnostics.before_step(self.step + 1)
+        self.stop.place.enter(self.step, "data")
+        self.clock.enter("data")
         batch = loader.next_step()
+        self.stop.place.enter(self.step, "compute")
         lr = learning_rate(self.step, self.cfg.train.steps, self.cfg.optim)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(batch.micro_batches) - 1
         for index, micro in enumerate(batch.micro_batches):
+            self.clock.enter("forward")
             tokens_BT, targets_BT = self._to_device(micro.tokens_BT), self._to_device(micro.targets_BT)
             with self.model.gradient_sync(index == last):
-                share = self.loss(self.model(tokens_BT), targets_BT) / batch.num_targets
+                share = self.loss(targets_BT, tokens_BT) / batch.num_targets
+                self.clock.enter("backward")
                 share.backward()
             loss += share.detach()
         part_written, part_failed = self.saver.progress()
+        self.stop.place.enter(self.step, "reduce")
+        self.clock.enter("reduce")
         verdict, previous = self.reduction.reduce(
             loss,
             self.optimizer.gradients(),
-            preempt=self.stop.preempt,
+            preempt=self.stop.must_leave(),
             interrupt=self.stop.interrupt,
             data_hash=batch.data_hash,
             part_written=part_written,
             part_failed=part_failed,
+            save=self.stop.take_save(),
         )
+        self.clock.enter("checkpoint")
         self.saver.before_update()
+        self.clock.enter("optimizer")
         self.optimizer.step(lr=lr, grad_norm=verdict.grad_norm, skip=verdict.skip)
         self.optimizer.zero_grad()
+        self.clock.leave()
         self.step += 1
         self.tokens_seen += batch.num_targets
         self.cursor = batch.cursor_after
         if previous is not None:
             self._close_row(previous)
-        self._open_row = {"step": self.step, "lr": lr, "tokens_seen": self.tokens_seen, **self.throughput.step_done()}
+        self._open_row = {"step": self.step, "lr": lr, "tokens_seen": self.tokens_seen, **self.diagnostics.step_figures(self.step)}
         if stall_s := self.saver.take_stall_s():
             self._open_row["ckpt_stall_s"] = stall_s
 
@@ -182,7 +202,7 @@ class Trainer:
     def _close_row(self, facts: StepFacts) -> None:
         """Logs the step whose facts have just arrived and acts on them; every rank sees the same facts at the same step."""
         assert self._open_row is not None
-        row, self._open_row = self._open_row, None
+        row, self._open_row = self._open_row | self.clock.read(), None
         self.metrics.write(
             "train", **row, loss=facts.loss, grad_norm=facts.grad_norm, skipped=int(facts.skipped), data_hash=facts.data_hash
         )
@@ -193,19 +213,21 @@ class Trainer:
                 f"loss or gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row, up to step {row['step']}",
                 fix=f"lower optim.lr (now {self.cfg.optim.lr:g}), lengthen optim.warmup_steps, or use precision=fp32",
             )
+        self._save_asked = self._save_asked or facts.save
         if facts.interrupt:
             self.outcome = Outcome.INTERRUPTED
         elif facts.preempt:
             self.outcome = Outcome.PREEMPTED
 
     def _validate(self) -> None:
+        self.stop.place.enter(self.step, "validate")
         figures = self.validation.figures()
         self.metrics.write("validation", self.step, **figures)
         self.validated = self.step, {f"validation/{name}": value for name, value in figures.items()}
         sample = self.validation.sample()
         if sample is not None:
             self.metrics.write("sample", self.step, **sample)
-        self.throughput.restart_clock()
+        self.diagnostics.pause()
 
     def _entries(self) -> list[TensorEntry]:
         """Returns this rank's shards of weights and optimizer state, as a checkpoint addresses them."""
@@ -213,6 +235,7 @@ class Trainer:
         return training_entries(self.parameters, self.optimizer.state(), replica_rank=copy, replica_count=copies)
 
     def _save(self) -> None:
+        self.stop.place.enter(self.step, "save")
         validated_step, figures = self.validated
         state = {
             "step": self.step,
@@ -224,7 +247,7 @@ class Trainer:
             "metrics": {name: value for name, value in figures.items() if validated_step == self.step and math.isfinite(value)},
         }
         self.saver.begin(self.step, self._entries(), state)
-        self.throughput.restart_clock()
+        self.diagnostics.pause()
 
     def _make_sure_saved(self, saved_step: int) -> None:
         """Returns when the last step is on disk; a save that fails now is tried once more, for there is no later one."""

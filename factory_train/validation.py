@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -11,7 +13,7 @@ from factory_train.data.manifest import TOKENIZER_NAME
 from factory_train.data.shards import TokenStream
 from factory_train.data.tokenizer import Tokenizer
 from factory_train.distributed.parallelize import ParallelModel
-from factory_train.loss import summed_cross_entropy
+from factory_train.loss import TrainingLoss
 from factory_train.run_dir import RunDir
 from factory_train.sample import text_sample
 
@@ -29,6 +31,7 @@ class Validation:
 
     def __init__(self, model: ParallelModel, cfg: Config, run: RunDir, device: torch.device, *, dp_rank: int, dp_size: int) -> None:
         self._model, self._cfg, self._device = model, cfg, device
+        self._loss = TrainingLoss(replace(cfg.train, loss="cross_entropy", z_loss=0.0), model, device)
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._tokens = TokenStream(run.data, "validation")
         self._tokenizer = Tokenizer.load(run.data / TOKENIZER_NAME)
@@ -47,7 +50,7 @@ class Validation:
         with self._model.evaluating():
             for micro in batches:
                 targets_BT = micro.targets_BT.to(self._device, non_blocking=True)
-                sums[0] += summed_cross_entropy(self._model(micro.tokens_BT.to(self._device, non_blocking=True)), targets_BT)
+                sums[0] += self._loss(targets_BT, micro.tokens_BT.to(self._device, non_blocking=True))
                 sums[1] += (targets_BT != IGNORE_INDEX).sum()
         dist.all_reduce(sums)
         loss_sum, num_tokens = sums.tolist()

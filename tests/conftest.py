@@ -11,10 +11,17 @@ import pytest
 
 if TYPE_CHECKING:
     from rank_pool import RankPool
+    from slurm_cluster import Cluster
 
     from factory_train.run_dir import Attempt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs Triton kernels in the interpreter, except where tests of a card are asked for; Triton decides when it is imported."""
+    if config.option.markexpr not in ("gpu", "multigpu"):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -42,6 +49,15 @@ def pool() -> Iterator[RankPool]:
     pool = RankPool("checkpoint_ranks")
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm of four nodes on this machine, without accounting."""
+    from slurm_cluster import Cluster
+
+    with Cluster(tmp_path_factory.mktemp("slurm") / "state") as cluster:
+        yield cluster
 
 
 @pytest.fixture

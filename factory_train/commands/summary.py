@@ -54,7 +54,8 @@ def _rows(attempt: Attempt) -> Iterator[tuple[str, str]]:
     if (run.export / "config.json").is_file():
         yield "export", f"{shown(run.export)} (Hugging Face layout)"
     if run.report_path.is_file():
-        yield "report", shown(run.report_path)
+        page = run.report_path.with_suffix(".html")
+        yield "report", f"{shown(page)} (report.md says the same)" if page.is_file() else shown(run.report_path)
     yield from _tracking(attempt)
     name = shlex.quote(run.name)
     yield "next", f"python -m factory_train evaluate {name}"

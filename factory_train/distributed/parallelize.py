@@ -5,7 +5,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,10 +37,11 @@ class ParallelModel:
         self.module, self.grad_copies = module, grad_copies
         self._forward, self._autocast = forward, autocast
 
-    def __call__(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Returns logits of shape (batch, time, vocabulary)."""
+    def __call__(self, tokens_BT: torch.Tensor, *more: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Any:
+        """Returns logits of shape (batch, time, vocabulary), or what `head` makes of the hidden states inside of the forward pass."""
+        options = {} if head is None else {"head": head}
         with torch.autocast(tokens_BT.device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            return self._forward(tokens_BT)
+            return self._forward(tokens_BT, *more, **options)
 
     @contextlib.contextmanager
     def gradient_sync(self, enabled: bool) -> Iterator[None]:

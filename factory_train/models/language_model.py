@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,10 @@ class LanguageModel(nn.Module):
         """Applies the output head: logits_BTV."""
         raise NotImplementedError
 
+    def head_weight(self) -> Tensor | None:
+        """Returns the matrix W_VD where `logits` is x Wᵀ and nothing else; the loss then needs no logits."""
+        return None
+
     def init_buffers(self, device: torch.device) -> None:
         """Computes every buffer anew on `device`."""
         raise NotImplementedError
@@ -40,6 +46,7 @@ class LanguageModel(nn.Module):
         """Returns the standard deviation of a parameter's normal initialisation; None means that it starts as ones."""
         raise NotImplementedError
 
-    def forward(self, tokens_BT: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Returns the logits of the token after each one: logits_BTV."""
-        return self.logits(self.hidden(tokens_BT, positions))
+    def forward(self, tokens_BT: Tensor, positions: Tensor | None = None, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Returns the logits of the token after each one, logits_BTV, or what `head` makes of the hidden states x_BTD."""
+        x_BTD = self.hidden(tokens_BT, positions)
+        return self.logits(x_BTD) if head is None else head(x_BTD)

@@ -162,7 +162,10 @@ class Llama(LanguageModel):
         return self.norm(x_BTD)
 
     def logits(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(x_BTD, self.tok_embeddings.weight if self.output is None else self.output.weight)
+        return F.linear(x_BTD, self.head_weight())
+
+    def head_weight(self) -> Tensor:
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     def init_buffers(self, device: torch.device) -> None:
         self.rope.init_buffers(device)

@@ -1,0 +1,55 @@
+"""What the sections share: how a call on a card is timed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+_MIN_REPEATS = 10
+_MAX_REPEATS = 50
+
+
+def compare(calls: Mapping[str, Callable[[], Any]], deadline_s: float) -> dict[str, dict[str, float]]:
+    """Times calls on the card in turns, so that drifting clocks hit all alike.
+
+    Args:
+        calls: by name of the implementation; one that raises is left out, with the reason under "error".
+        deadline_s: all of them end after so many seconds.
+
+    Returns:
+        By name: ms_median, ms_p20, ms_p80, peak_bytes above what was held before, repeats.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, call in calls.items():
+        try:
+            # Compilation, allocation and the library's own choice of kernels come first.
+            call()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            found[name] = {"times": [], "peak_bytes": torch.cuda.max_memory_allocated() - held}
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    running = [name for name in found if "times" in found[name]]
+    end = time.monotonic() + deadline_s
+    for repeat in range(_MAX_REPEATS):
+        if time.monotonic() > end and repeat >= _MIN_REPEATS:
+            break
+        for name in running:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            calls[name]()
+            stop.record()
+            stop.synchronize()
+            found[name]["times"].append(start.elapsed_time(stop))
+    for name in running:
+        times = sorted(found[name].pop("times"))
+        low, high = times[len(times) // 5], times[len(times) * 4 // 5]
+        found[name] |= {"ms_median": statistics.median(times), "ms_p20": low, "ms_p80": high, "repeats": len(times)}
+    return found

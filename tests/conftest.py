@@ -51,9 +51,9 @@ def pool() -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A real Slurm of four nodes on this machine, without accounting."""
+    """A real Slurm of four nodes on this machine, without accounting; gone with its module, or launcher=auto of later tests would find it."""
     from slurm_cluster import Cluster
 
     with Cluster(tmp_path_factory.mktemp("slurm") / "state") as cluster:

@@ -53,7 +53,7 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A real Slurm of four nodes on this machine, without accounting; gone with its module, or launcher=auto of later tests would find it."""
+    """A real Slurm of four nodes on this machine, without accounting; it goes with its module, or launcher=auto of later tests finds it."""
     from slurm_cluster import Cluster
 
     with Cluster(tmp_path_factory.mktemp("slurm") / "state") as cluster:

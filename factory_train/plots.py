@@ -26,11 +26,11 @@ from factory_train.tracking.facts import RunFacts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "RED", "Plot", "draw_plots", "smoothed"]
+__all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "RED", "STYLE", "Plot", "draw_plots", "smoothed"]
 
-_STYLE = {
+# What all plots have in common; those of a run also take the page's colours.
+STYLE = {
     "figure.dpi": 130,
-    "savefig.facecolor": "white",
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
@@ -38,6 +38,12 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+}
+_PAGE_STYLE = STYLE | {
+    "savefig.facecolor": "white",
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "axes.titlecolor": _INK,
@@ -45,11 +51,8 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "axes.facecolor": _PAPER,
-    "grid.color": _GRID,
     "grid.linewidth": 0.8,
     "legend.facecolor": _PAPER,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
     "legend.fontsize": 10,
 }
 
@@ -92,7 +95,7 @@ def draw_plots(facts: RunFacts, curves: Curves) -> list[Plot]:
     from matplotlib.figure import Figure
 
     plots = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_PAGE_STYLE):
         for name, title, draw in _PLOTS:
             # A figure of its own draws with Agg and leaves no global state behind, unlike pyplot.
             figure, pointing = Figure(figsize=(9, 4.9), layout="constrained"), Pointing()

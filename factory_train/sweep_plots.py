@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from factory_train import storage
-from factory_train.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, smoothed
+from factory_train.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE, smoothed
 from factory_train.sweep import DONE, SweepDir, shown_value, value_key
 from factory_train.sweep_results import PointResult, SweepResults
 from factory_train.units import format_count
@@ -21,19 +21,6 @@ if TYPE_CHECKING:
 
 # Files and their titles, in the order of the report.
 PLOTS = {"values.png": "Loss against what varies", "final.png": "Final loss by point", "curves.png": "Loss while training"}
-_STYLE = {
-    "figure.dpi": 130,
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-}
 _COLORS = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
 _FIGURES = {"loss": "validation loss (nats/token)", "bits_per_byte": "validation bits per byte"}
 # Values that span more than this are drawn on a logarithmic axis.
@@ -55,7 +42,7 @@ def write_plots(sweep: SweepDir, results: SweepResults) -> list[Path]:
     from matplotlib.figure import Figure
 
     written = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, draw in (("values.png", _draw_values), ("final.png", _draw_final), ("curves.png", _draw_curves)):
             # A figure of its own draws with Agg and leaves no global state behind, unlike pyplot.
             height = max(3.0, 1.6 + 0.32 * len(results.points)) if name == "final.png" else 4.8

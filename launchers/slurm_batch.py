@@ -23,7 +23,8 @@ from factory_train.launchers.child import Child, end_all
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import Inbox
 from factory_train.launchers.job import WorkerEnv
-from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt, RunDir
+from factory_train.launchers.pulse import Pulse
+from factory_train.run_dir import Attempt, RunDir
 
 _BY_USER = (ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.NOT_FOUND)
 # Before the time limit a stage that saves nothing is given up, so that there is time to ask for a restart.
@@ -57,7 +58,7 @@ class Batch:
         self._deadline = slurm_queue.end_time(job_id)
         self._srun: subprocess.Popen[bytes] | None = None
         self._tracker: Child | None = None
-        self._beat = 0.0
+        self._pulse = Pulse(attempt)
 
     def run(self) -> int:
         """Runs the stages, writes the verdict, asks for a restart where one makes sense; returns the job's exit code."""
@@ -134,7 +135,7 @@ class Batch:
                 if late is not None:
                     # srun may need a moment to end what hangs; nothing more is waited for.
                     limit = now
-            self._beat_heart()
+            self._pulse.beat()
             self._inbox.wait(min(1.0, max(0.0, limit - now)))
         return self._ended(stage, srun.returncode)
 
@@ -300,14 +301,6 @@ class Batch:
         limit = time.monotonic() + _TRACKER_S
         while self._tracker and self._tracker.running and time.monotonic() < limit and self._inbox.stop is None:
             self._inbox.wait(1.0)
-
-    def _beat_heart(self) -> None:
-        if time.monotonic() - self._beat >= HEARTBEAT_EVERY_S:
-            self._beat = time.monotonic()
-            try:
-                (self._attempt.path / "heartbeat" / "launcher").touch()
-            except OSError as error:
-                print(f"no heartbeat: {error}", file=sys.stderr)
 
 
 def own_job_id(environ: dict[str, str]) -> str:

@@ -169,10 +169,8 @@ _REFUSALS = (
         "launcher.account=ONE OF YOURS (sacctmgr show associations user=$USER), or launcher.partition=",
         False,
     ),
-    ("invalid partition", "launcher.partition", "launcher.partition=ONE OF: sinfo --format=%P", False),
     ("Invalid partition", "launcher.partition", "launcher.partition=ONE OF: sinfo --format=%P", False),
     ("Invalid qos", "launcher.qos", "launcher.qos=ONE OF YOURS: sacctmgr show associations user=$USER format=qos", False),
-    ("Requested time limit is invalid", "launcher.time", "launcher.time=SHORTER: sinfo --format='%P %l' lists the limits", True),
     ("time limit is invalid", "launcher.time", "launcher.time=SHORTER: sinfo --format='%P %l' lists the limits", True),
     ("Node count specification invalid", "launcher.nodes", "launcher.nodes=FEWER", True),
     ("More processors requested", "launcher.cpus_per_task", "launcher.cpus_per_task=FEWER, or launcher.tasks_per_node=FEWER", False),
@@ -210,7 +208,8 @@ def refusal(said: str) -> Exception:
     if any(word in said for word in _AWAY):
         return UnavailableError(what, where="Slurm", fix="try again when the controller answers: scontrol ping")
     for part, where, fix, is_policy in _REFUSALS:
-        if part in said:
+        # Its versions differ in capitals.
+        if part.lower() in said.lower():
             return (PolicyError if is_policy else PreflightError)(f"Slurm refused the job: {what}", where=where, fix=fix)
     return PreflightError(
         f"Slurm refused the job: {what}", where="launcher", fix="--dry-run prints the script; sbatch --test-only checks it"

@@ -23,6 +23,7 @@ from factory_train.launchers.child import Child, end_all, signal_name
 from factory_train.launchers.environment import child_environ
 from factory_train.launchers.inbox import Inbox
 from factory_train.launchers.job import WorkerEnv
+from factory_train.launchers.pulse import Pulse
 from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt, RunDir
 
 # The submitter writes job.json right after it started this process; without it nobody could stop the job.
@@ -54,7 +55,7 @@ class Supervisor:
         self._attempt, self._job, self._inbox = attempt, job, inbox
         self._children: list[Child] = []
         self._tracker: Child | None = None
-        self._beat = 0.0
+        self._pulse = Pulse(attempt)
 
     def run(self) -> int:
         """Runs the stages and returns the exit code of the job; no process of the job is left, whatever happens."""
@@ -136,7 +137,7 @@ class Supervisor:
                 if failed is None and late is not None and late.outcome == "failed-transient" and forwarded is None:
                     autopsy.record_hung(self._attempt, stage, running[0], late.reason)
                 return self._failure(stage, failed) if failed else late
-            self._beat_heart()
+            self._pulse.beat()
             self._inbox.wait(min(limit - now, HEARTBEAT_EVERY_S))
         if failed is not None:
             return self._failure(stage, failed)
@@ -248,15 +249,6 @@ class Supervisor:
                 reason=f"still sending after {self._job['tracker_grace_s']:g} s; python -m factory_train sync sends the rest",
             )
         self._collect([])
-
-    def _beat_heart(self) -> None:
-        """Shows readers on other machines that somebody still looks after this job, in every stage."""
-        if time.monotonic() - self._beat >= HEARTBEAT_EVERY_S:
-            self._beat = time.monotonic()
-            try:
-                (self._attempt.path / "heartbeat" / "launcher").touch()
-            except OSError as error:
-                _say(f"no heartbeat: {error}")
 
     def _note(self, kind: str, **facts: Any) -> None:
         """Records a launch event; a full disk must not keep this process from ending its children."""

@@ -8,14 +8,13 @@ Times were never measured by the authors on a card so far; without one only the 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernel_sections.timing import compare
+from benchmarks.kernel_sections.timing import compare, print_section
 from factory_train.kernels import loss as kernel
 
 _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -134,10 +133,4 @@ def _linear_times(device: str, shape: tuple[int, int, int], deadline_s: float) -
 
 
 if __name__ == "__main__":
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    for line in correctness(here):
-        print(json.dumps(line))
-    for line in times(here, 60.0) if here == "cuda" else []:
-        print(json.dumps(line))
-    if here == "cpu":
-        print("timing needs a GPU")
+    print_section(correctness, times)

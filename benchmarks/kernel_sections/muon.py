@@ -7,13 +7,12 @@ Times were never measured by the authors on a card so far; without one only the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.kernel_sections.timing import compare
+from benchmarks.kernel_sections.timing import compare, print_section
 from factory_train.kernels import muon
 
 # Matrices of a layer of Llama 3.2 1B and of Llama 3.1 8B, and how many there are in a bank here.
@@ -107,10 +106,4 @@ def _iteration_times(model: str, device: str, shape: tuple[int, int, int], deadl
 
 
 if __name__ == "__main__":
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    for line in correctness(here):
-        print(json.dumps(line))
-    for line in times(here, 60.0) if here == "cuda" else []:
-        print(json.dumps(line))
-    if here == "cpu":
-        print("timing needs a GPU")
+    print_section(correctness, times)

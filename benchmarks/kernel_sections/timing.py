@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -53,3 +54,15 @@ def compare(calls: Mapping[str, Callable[[], Any]], deadline_s: float) -> dict[s
         low, high = times[len(times) // 5], times[len(times) * 4 // 5]
         found[name] |= {"ms_median": statistics.median(times), "ms_p20": low, "ms_p80": high, "repeats": len(times)}
     return found
+
+
+def print_section(correctness: Callable[[str], Iterable[Any]], times: Callable[[str, float], Iterable[Any]]) -> None:
+    """Prints one section's rows as JSON lines: correctness anywhere, times on a card."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for row in correctness(device):
+        print(json.dumps(row))
+    if device == "cpu":
+        print("timing needs a GPU")
+        return
+    for row in times(device, 60.0):
+        print(json.dumps(row))

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +58,21 @@ class TrackingStore:
     @property
     def is_local(self) -> bool:
         return sqlite_path(self.uri) is not None
+
+    def find_run(self, run_id: str | None, identity: Mapping[str, str]) -> str | None:
+        """Returns an MLflow run by its id if it is still there, else one that carries these tags (tracking.json was lost)."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id is not None:
+            try:
+                if self.client.get_run(run_id).info.lifecycle_stage == "active":
+                    return run_id
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        conditions = " and ".join(f"tags.`{name}` = '{value}'" for name, value in identity.items())
+        found = self.client.search_runs([self.experiment_id], conditions, max_results=1)
+        return found[0].info.run_id if found else None
 
 
 def default_uri(runs_root: Path) -> str:

@@ -73,28 +73,17 @@ def _lock(sweep: SweepDir) -> Path:
 
 def _open_run(store: TrackingStore, sweep: SweepDir, record: SweepRecord) -> str:
     """Finds or makes the MLflow run of a sweep; the caller holds the lock, so no two processes make one each."""
-    from mlflow.exceptions import MlflowException
-
     path = sweep.path / "tracking.json"
     state = storage.read_json(path) or {}
     ours = (state.get("uri"), state.get("experiment_id")) == (store.shown_uri, store.experiment_id)
-    run_id: str | None = state.get("mlflow_run_id") if ours else None
-    if run_id is not None:
-        try:
-            if store.client.get_run(run_id).info.lifecycle_stage == "active":
-                return run_id
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+    known = state.get("mlflow_run_id") if ours else None
     created = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds")
     identity = dict(zip(_IDENTITY, (sweep.name, created), strict=True))
-    conditions = " and ".join(f"tags.`{name}` = '{value}'" for name, value in identity.items())
-    found = store.client.search_runs([store.experiment_id], conditions, max_results=1)
-    run_id = (
-        found[0].info.run_id
-        if found
-        else store.client.create_run(store.experiment_id, int(record.created * 1000), identity, sweep.name).info.run_id
-    )
+    run_id = store.find_run(known, identity)
+    if run_id is not None and run_id == known:
+        return run_id
+    if run_id is None:
+        run_id = store.client.create_run(store.experiment_id, int(record.created * 1000), identity, sweep.name).info.run_id
     state = {"format_version": TRACKING_FORMAT_VERSION, "uri": store.shown_uri, "experiment": store.experiment}
     storage.write_json(path, state | {"experiment_id": store.experiment_id, "mlflow_run_id": run_id})
     return run_id

@@ -172,7 +172,7 @@ class Syncer:
         ours = state is not None and (state.uri, state.experiment_id) == (store.shown_uri, store.experiment_id)
         if state is not None and ours and state.mlflow_run_id == self._run_id:
             return state
-        run_id = self._existing_run_id(store, facts, state.mlflow_run_id if state is not None and ours else None)
+        run_id = store.find_run(state.mlflow_run_id if state is not None and ours else None, identity_tags(facts))
         if state is None or not ours or state.mlflow_run_id != run_id:
             if run_id is None:
                 created_ms = int(facts.info["created"] * 1000)
@@ -184,21 +184,6 @@ class Syncer:
         self._inputs = {item.dataset.digest for item in known.inputs.dataset_inputs} if known.inputs else set()
         self._status = known.info.status
         return state
-
-    def _existing_run_id(self, store: TrackingStore, facts: RunFacts, run_id: str | None) -> str | None:
-        """Returns the run by its id if it is still there, else one that carries this run's tags (tracking.json was lost)."""
-        from mlflow.exceptions import MlflowException
-
-        if run_id is not None:
-            try:
-                if store.client.get_run(run_id).info.lifecycle_stage == "active":
-                    return run_id
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-        conditions = " and ".join(f"tags.`{name}` = '{value}'" for name, value in identity_tags(facts).items())
-        found = store.client.search_runs([store.experiment_id], conditions, max_results=1)
-        return found[0].info.run_id if found else None
 
     def _describe(self, store: TrackingStore, facts: RunFacts, state: TrackingState) -> None:
         from mlflow.entities import Param, RunTag

@@ -69,8 +69,8 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    name: str = setting("builtin", "builtin: this Python's standard library; text: the file at data.path")
-    path: Optional[str] = setting(None, "a UTF-8 text file to train on; setting it selects data.name=text")
+    name: str = setting("builtin", "builtin: this Python's standard library; text: what is at data.path")
+    path: Optional[str] = setting(None, "a UTF-8 text file to train on, or a folder that prepare made")
     tokenizer: str = setting("bpe", "bpe is trained on the training split", choices=("bpe", "byte", "char"))
     vocab_size: int = setting(4096, "vocabulary of the trained BPE tokenizer, at most")
     validation_fraction: float = setting(0.05, "part of the text held out for validation")

@@ -34,7 +34,7 @@ class Validation:
         self._loss = TrainingLoss(replace(cfg.train, loss="cross_entropy", z_loss=0.0), model, device)
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._tokens = TokenStream(run.data, "validation")
-        self._tokenizer = Tokenizer.load(run.data / TOKENIZER_NAME)
+        self._tokenizer = Tokenizer.load(run.data / TOKENIZER_NAME, self._tokens.manifest.eos_id)
 
     def figures(self) -> dict[str, float]:
         """Returns `loss`, in nats a token, and `bits_per_byte`."""

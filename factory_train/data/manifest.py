@@ -17,11 +17,12 @@ from typing import Any
 
 from factory_train import storage
 from factory_train.config import Config, DataConfig
-from factory_train.data.source import SPLITS, source_kind, source_path, too_short
+from factory_train.data.source import MANIFEST_NAME, PREPARED, SPLITS, source_kind, source_path, too_short
 from factory_train.errors import ConfigError, IntegrityError
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 2
+# What tokens are made of has not changed since the first version, and neither have the names of datasets.
+_TOKENS_VERSION = 1
 TOKENIZER_NAME = "tokenizer.json"
 SOURCE_NAME = "source.json"
 
@@ -72,16 +73,18 @@ class DataManifest:
     Args:
         format_version: of this file and of everything beside it.
         id: identifies source, tokenizer settings and split; the name of the folder in the cache.
-        kind: name of the data source.
+        kind: name of the data source; "prepared" is what `prepare` made.
         description: the source, for people.
-        tokenizer: "bpe", "byte" or "char".
+        tokenizer: "bpe", "byte", "char", or "given" for a user's own.
         vocab_size: token ids are below it.
-        eos_id: id of the end-of-text token; None for a char tokenizer, which has none.
+        eos_id: id of the end-of-text token; None where there is none, as in a char tokenizer.
         dtype: "uint16" or "uint32", little-endian: how shards store a token.
         tokenizer_file: the tokenizer, as `tokenizers` and transformers read it.
         source_file: names and sha256 of the documents.
         splits: "train" and "validation".
-        baselines: cross-entropy on the validation split, in nats per token, of models that only count.
+        baselines: cross-entropy on the validation split, in nats per token, of models that only count; empty where they
+            have not been computed.
+        statistics: of what `prepare` read; None elsewhere.
     """
 
     format_version: int
@@ -96,6 +99,7 @@ class DataManifest:
     source_file: FileRecord
     splits: dict[str, SplitRecord]
     baselines: dict[str, float]
+    statistics: dict[str, Any] | None = None
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -132,10 +136,12 @@ class DataManifest:
             path = folder / record.name
             size = path.stat().st_size if path.is_file() else None
             if size is None:
-                raise IntegrityError("prepared data is incomplete: the file is missing", where=str(path), fix=_prepare_again(folder))
+                raise IntegrityError(
+                    "prepared data is incomplete: the file is missing", where=str(path), fix=_prepare_again(folder, self.kind)
+                )
             if size != record.num_bytes:
                 what = f"prepared data is damaged: {size:,} bytes where the manifest says {record.num_bytes:,}"
-                raise IntegrityError(what, where=str(path), fix=_prepare_again(folder))
+                raise IntegrityError(what, where=str(path), fix=_prepare_again(folder, self.kind))
 
     def verify(self, folder: Path, splits: Iterable[str] = SPLITS) -> None:
         """Reads every file and compares its sha256.
@@ -148,10 +154,13 @@ class DataManifest:
         for record in self.files(splits):
             if FileRecord.of(folder / record.name) != record:
                 what = "prepared data is damaged: its sha256 is not the manifest's"
-                raise IntegrityError(what, where=str(folder / record.name), fix=_prepare_again(folder))
+                raise IntegrityError(what, where=str(folder / record.name), fix=_prepare_again(folder, self.kind))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if self.statistics is None:
+            del values["statistics"]
+        return values
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> DataManifest:
@@ -189,7 +198,9 @@ class DataManifest:
             raise IntegrityError(what, where=str(path), fix=_prepare_again(folder)) from None
 
 
-def _prepare_again(folder: Path) -> str:
+def _prepare_again(folder: Path, kind: str | None = None) -> str:
+    if kind == PREPARED:
+        return f"remove {folder} and prepare it again: python -m factory_train prepare PATH out={folder}"
     return f"remove {folder} and start the run again: the data is prepared anew"
 
 
@@ -228,7 +239,7 @@ def dataset_folder(cache: Path, dataset_id: str) -> Path:
 def settings(config: DataConfig) -> dict[str, Any]:
     """Returns all that decides what the tokens are, apart from the text."""
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": _TOKENS_VERSION,
         "kind": source_kind(config),
         "tokenizer": config.tokenizer,
         "vocab_size": config.vocab_size if config.tokenizer == "bpe" else None,
@@ -260,7 +271,15 @@ def digest(value: Any) -> str:
 
 
 def find_prepared(config: DataConfig, cache: Path) -> Path | None:
-    """Returns the folder with the prepared data of this request, if it is there and of the right size."""
+    """Returns the folder with the prepared data of this request, if it is there and of the right size.
+
+    Raises:
+        IntegrityError: data that the verb `prepare` made is damaged: no run can make it again.
+    """
+    if source_kind(config) == PREPARED:
+        folder = source_path(config)
+        DataManifest.load(folder).check_sizes(folder)
+        return folder
     try:
         alias = storage.read_json(request_path(config, cache))
         if alias is None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from factory_train import storage
 from factory_train.config import DataConfig
@@ -34,7 +35,7 @@ from factory_train.data.manifest import (
     settings,
 )
 from factory_train.data.shards import SHARD_TOKENS, ShardWriter, TokenStream, stored, token_dtype
-from factory_train.data.source import SPLITS, Document, Source, read_source
+from factory_train.data.source import PREPARED, SPLITS, Document, Source, read_source, source_kind, source_path
 from factory_train.data.tokenizer import PIECE_CHARACTERS, Tokenizer, pieces
 from factory_train.errors import DataError, IntegrityError, PreflightError
 
@@ -44,6 +45,7 @@ __all__ = ["check_length", "check_vocabulary", "copy_for_run", "prepare"]
 _BATCH_PIECES = 64
 # Baselines count at most this much of the training split: a minute of sorting would not make them better.
 _BASELINE_TOKENS = 20_000_000
+_BASELINE_STRETCHES = 100
 
 
 def prepare(config: DataConfig, cache: Path, report: Callable[[str], None], *, shard_tokens: int = SHARD_TOKENS) -> Path:
@@ -58,8 +60,15 @@ def prepare(config: DataConfig, cache: Path, report: Callable[[str], None], *, s
         shard_tokens: most tokens of one shard file.
     Raises:
         DataError: the text is missing, not text, or too short to have both splits.
+        IntegrityError: data that the verb `prepare` made is damaged.
         PreflightError: the cache cannot be written.
     """
+    if source_kind(config) == PREPARED:
+        folder = source_path(config)
+        manifest = DataManifest.load(folder)
+        manifest.check_sizes(folder)
+        report(f"data: {manifest.description}, {manifest.splits['train'].num_tokens:,} training tokens in {folder}")
+        return folder
     source = read_source(config)
     num_bytes = sum(row["bytes"] for row in source.manifest)
     documents = f"{len(source.manifest):,} documents, " if len(source.manifest) > 1 else ""
@@ -174,8 +183,16 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[bool, str]]]:
 
 def _baselines(folder: Path, num_validation_tokens: int) -> dict[str, float]:
     train, validation = TokenStream(folder, "train"), TokenStream(folder, "validation")
-    counted = train.slice(0, min(train.num_tokens, _BASELINE_TOKENS))
-    return baselines(counted, validation.slice(0, num_validation_tokens), train.manifest.vocab_size)
+    return baselines(_sample(train), validation.slice(0, num_validation_tokens), train.manifest.vocab_size)
+
+
+def _sample(train: TokenStream) -> npt.NDArray[np.int64]:
+    """Returns the training tokens, or stretches of them from all over the split if they are many."""
+    if train.num_tokens <= _BASELINE_TOKENS:
+        return train.slice(0, train.num_tokens)
+    length = _BASELINE_TOKENS // _BASELINE_STRETCHES
+    starts = np.linspace(0, train.num_tokens - length, _BASELINE_STRETCHES).astype(np.int64)
+    return np.concatenate([train.slice(int(start), length) for start in starts])
 
 
 def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> DataManifest:
@@ -200,7 +217,7 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> Da
     tokens = stream.slice(0, num_tokens)
     starts = stream.document_starts()
     starts = starts[starts < num_tokens]
-    sizes = np.asarray(Tokenizer.load(folder / TOKENIZER_NAME).token_num_bytes())
+    sizes = np.asarray(Tokenizer.load(folder / TOKENIZER_NAME, manifest.eos_id).token_num_bytes())
 
     storage.write_atomic(run_data / TOKENIZER_NAME, (folder / TOKENIZER_NAME).read_bytes())
     storage.write_atomic(run_data / "validation.bin", tokens.astype(stored(manifest.dtype)).tobytes())
@@ -216,7 +233,7 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> Da
     copy = dataclasses.replace(
         manifest,
         splits={**manifest.splits, "validation": record},
-        baselines=manifest.baselines if whole else _baselines(folder, num_tokens),
+        baselines=manifest.baselines if whole and manifest.baselines else _baselines(folder, num_tokens),
     )
     copy.save(run_data)
     return copy

@@ -90,7 +90,7 @@ def evaluate_run(run: RunDir, step: int | None = None) -> Evaluation:
     reader = open_checkpoint(run, step)
     device = choose_device(cfg.hardware.device, 0)
     model = load_model(cfg, manifest, reader, device)
-    tokens, tokenizer = TokenStream(run.data, "validation"), Tokenizer.load(run.data / TOKENIZER_NAME)
+    tokens, tokenizer = TokenStream(run.data, "validation"), Tokenizer.load(run.data / TOKENIZER_NAME, manifest.eos_id)
     loss_sum, num_tokens = 0.0, 0
     batches = validation_batches(
         tokens,

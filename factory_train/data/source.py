@@ -77,7 +77,8 @@ def source_kind(config: DataConfig) -> str:
     if not DATA_SOURCES.is_builtin(config.name):
         return config.name
     if config.path is not None:
-        return PREPARED if (source_path(config) / MANIFEST_NAME).is_file() else "text"
+        # os.path: a folder that may not be entered is reported by who reads it.
+        return PREPARED if os.path.isfile(source_path(config) / MANIFEST_NAME) else "text"
     if config.name == "text":
         raise ConfigError("data.name=text needs a file", where="data.path", fix="data.path=FILE.txt")
     return "builtin"

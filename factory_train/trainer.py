@@ -17,6 +17,8 @@ from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.loader import Cursor, TokenLoader
 from factory_train.data.manifest import DataManifest
+from factory_train.data.rows import ConcatenatedRows
+from factory_train.data.samples import ShuffledRows
 from factory_train.data.shards import TokenStream
 from factory_train.diagnostics.steps import Diagnostics
 from factory_train.distributed.mesh import ParallelDims
@@ -75,7 +77,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.module, cfg.optim)
         self.loss = TrainingLoss(cfg.train, self.model, device)
         self.reduction = StepReduction(device, self.model.grad_copies)
-        self.train_tokens = TokenStream(dataset, "train")
+        self.samples = ShuffledRows(ConcatenatedRows(TokenStream(dataset, "train"), cfg.train.seq_len), cfg.train.seed)
         self.validation = Validation(self.model, cfg, attempt.run, device, dp_rank=env.rank, dp_size=self.dims.dp_size)
         self.throughput = Throughput(
             tokens_per_step=plan.tokens_per_step,
@@ -133,13 +135,11 @@ class Trainer:
     def open_loader(self) -> TokenLoader:
         """Returns a loader that continues at the current position in the sample order."""
         return TokenLoader(
-            self.train_tokens,
-            seq_len=self.cfg.train.seq_len,
+            self.samples,
             samples_per_step=self.plan.samples_per_step,
             micro_batch_size=self.cfg.train.micro_batch_size,
             dp_rank=self.env.rank,
             dp_size=self.dims.dp_size,
-            seed=self.cfg.train.seed,
             cursor=self.cursor,
             pin_memory=self.device.type == "cuda",
         )
@@ -154,11 +154,11 @@ class Trainer:
         lr = learning_rate(self.step, self.cfg.train.steps, self.cfg.optim)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(batch.micro_batches) - 1
-        for index, micro in enumerate(batch.micro_batches):
+        for index, of_host in enumerate(batch.micro_batches):
             self.clock.enter("forward")
-            tokens_BT, targets_BT = self._to_device(micro.tokens_BT), self._to_device(micro.targets_BT)
+            micro = of_host.to(self.device)
             with self.model.gradient_sync(index == last):
-                share = self.loss(targets_BT, tokens_BT) / batch.num_targets
+                share = self.loss(micro.targets_BT, *micro.inputs) / batch.num_targets
                 self.clock.enter("backward")
                 share.backward()
             loss += share.detach()
@@ -189,9 +189,6 @@ class Trainer:
         self._open_row = {"step": self.step, "lr": lr, "tokens_seen": self.tokens_seen, **self.diagnostics.step_figures(self.step)}
         if stall_s := self.saver.take_stall_s():
             self._open_row["ckpt_stall_s"] = stall_s
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
 
     def settle(self) -> None:
         """Waits for the device and learns the facts of the last step."""

@@ -82,6 +82,7 @@ class DataManifest:
         source_file: names and sha256 of the documents.
         splits: "train" and "validation".
         baselines: cross-entropy on the validation split, in nats per token, of models that only count.
+        packing: of a run's manifest: how its documents are packed into rows; None where rows know no documents.
     """
 
     format_version: int
@@ -96,6 +97,7 @@ class DataManifest:
     source_file: FileRecord
     splits: dict[str, SplitRecord]
     baselines: dict[str, float]
+    packing: str | None = None
 
     @property
     def tokenizer_sha256(self) -> str:

@@ -199,18 +199,17 @@ class TokenLoader:
         return StepBatch(micro_batches, self._samples.num_targets(numbers), data_hash, cursor_after)
 
 
-def validation_batches(rows: Rows, *, max_rows: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
-    """Returns one rank's part of the first rows of the validation split, in order; each token is a target at most once.
+def validation_batches(rows: Rows, *, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
+    """Returns one rank's part of the validation rows, in order; each token is a target at most once.
 
     Args:
-        rows: of the validation split.
-        max_rows: rows over all ranks, at most.
+        rows: of a run's own validation tokens.
         micro_batch_size: B.
         dp_rank, dp_size: this rank and how many share the rows; each gets the same number of micro-batches.
     """
     return [
         _micro_batch([rows.row(number) for number in mine], micro_batch_size, rows, pin_memory=False)
-        for mine in _shares(min(max_rows, len(rows)), micro_batch_size, dp_rank, dp_size)
+        for mine in _shares(len(rows), micro_batch_size, dp_rank, dp_size)
     ]
 
 

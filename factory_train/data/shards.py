@@ -28,7 +28,7 @@ def stored(dtype: str) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("<")
 
 
-class _HashedFile:
+class HashedFile:
     """A file that is hashed while it is written, and durable when it is closed."""
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, stored(dtype), shard_tokens
-        self._file: _HashedFile | None = None
+        self._file: HashedFile | None = None
         self._room = 0
         self._shards: list[FileRecord] = []
         self._starts: list[int] = []
@@ -78,7 +78,7 @@ class ShardWriter:
         array = np.asarray(tokens, dtype=self._dtype)
         while len(array):
             if self._file is None:
-                self._file = _HashedFile(self._folder / f"{self._split}-{len(self._shards):05d}.bin")
+                self._file = HashedFile(self._folder / f"{self._split}-{len(self._shards):05d}.bin")
                 self._room = self._shard_tokens
             part, array = array[: self._room], array[self._room :]
             self._file.write(part.tobytes())
@@ -95,7 +95,7 @@ class ShardWriter:
     def close(self) -> tuple[list[FileRecord], FileRecord]:
         """Ends the split; returns the records of its shards and of its document index."""
         self._end_shard()
-        index = _HashedFile(self._folder / f"{self._split}-documents.bin")
+        index = HashedFile(self._folder / f"{self._split}-documents.bin")
         index.write(np.asarray([*self._starts, self.num_tokens], dtype="<i8").tobytes())
         return self._shards, index.close()
 

@@ -14,7 +14,7 @@ from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
 from factory_train.config import Config
 from factory_train.data.loader import validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
-from factory_train.data.rows import IGNORE_INDEX, ConcatenatedRows
+from factory_train.data.rows import IGNORE_INDEX, validation_rows
 from factory_train.data.shards import TokenStream
 from factory_train.data.tokenizer import Tokenizer
 from factory_train.distributed.process_group import choose_device
@@ -93,14 +93,8 @@ def evaluate_run(run: RunDir, step: int | None = None) -> Evaluation:
     model = load_model(cfg, manifest, reader, device)
     tokens, tokenizer = TokenStream(run.data, "validation"), Tokenizer.load(run.data / TOKENIZER_NAME)
     loss_sum, num_tokens = 0.0, 0
-    batches = validation_batches(
-        ConcatenatedRows(tokens, cfg.train.seq_len),
-        max_rows=cfg.train.validation_rows,
-        micro_batch_size=cfg.train.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-    )
-    for batch in batches:
+    rows = validation_rows(cfg, tokens)
+    for batch in validation_batches(rows, micro_batch_size=cfg.train.micro_batch_size, dp_rank=0, dp_size=1):
         micro = batch.to(device)
         loss_sum += summed_cross_entropy(model(*micro.inputs), micro.targets_BT).item()
         num_tokens += int((micro.targets_BT != IGNORE_INDEX).sum())

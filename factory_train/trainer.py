@@ -39,6 +39,8 @@ from factory_train.validation import Validation
 
 # So many steps in a row without a finite loss and gradient cannot be a passing spike.
 MAX_SKIPPED_STEPS = 25
+# What the heartbeat calls each phase of the clock.
+_PLACES = {"data": "data", "forward": "compute", "backward": "compute", "reduce": "reduce", "checkpoint": "update", "optimizer": "update"}
 
 
 class Outcome(Enum):
@@ -146,24 +148,21 @@ class Trainer:
     def train_step(self, loader: TokenLoader) -> None:
         """Makes one optimizer step; the host learns its figures at the next one, or in `settle`."""
         self.diagnostics.before_step(self.step + 1)
-        self.stop.place.enter(self.step, "data")
-        self.clock.enter("data")
+        self._enter("data")
         batch = loader.next_step()
-        self.stop.place.enter(self.step, "compute")
         lr = learning_rate(self.step, self.cfg.train.steps, self.cfg.optim)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(batch.micro_batches) - 1
         for index, of_host in enumerate(batch.micro_batches):
-            self.clock.enter("forward")
+            self._enter("forward")
             micro = of_host.to(self.device)
             with self.model.gradient_sync(index == last):
                 share = self.loss(micro.targets_BT, *micro.inputs) / batch.num_targets
-                self.clock.enter("backward")
+                self._enter("backward")
                 share.backward()
             loss += share.detach()
         part_written, part_failed = self.saver.progress()
-        self.stop.place.enter(self.step, "reduce")
-        self.clock.enter("reduce")
+        self._enter("reduce")
         verdict, previous = self.reduction.reduce(
             loss,
             self.optimizer.gradients(),
@@ -174,9 +173,9 @@ class Trainer:
             part_failed=part_failed,
             save=self.stop.take_save(),
         )
-        self.clock.enter("checkpoint")
+        self._enter("checkpoint")
         self.saver.before_update()
-        self.clock.enter("optimizer")
+        self._enter("optimizer")
         self.optimizer.step(lr=lr, grad_norm=verdict.grad_norm, skip=verdict.skip)
         self.optimizer.zero_grad()
         self.clock.leave()
@@ -188,6 +187,11 @@ class Trainer:
         self._open_row = {"step": self.step, "lr": lr, "tokens_seen": self.tokens_seen, **self.diagnostics.step_figures(self.step)}
         if stall_s := self.saver.take_stall_s():
             self._open_row["ckpt_stall_s"] = stall_s
+
+    def _enter(self, phase: str) -> None:
+        """Notes for the heartbeat and the clock that a phase of the step begins."""
+        self.stop.place.enter(self.step, _PLACES[phase])
+        self.clock.enter(phase)
 
     def settle(self) -> None:
         """Waits for the device and learns the facts of the last step."""

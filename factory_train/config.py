@@ -74,6 +74,11 @@ class DataConfig:
     tokenizer: str = setting("bpe", "bpe is trained on the training split", choices=("bpe", "byte", "char"))
     vocab_size: int = setting(4096, "vocabulary of the trained BPE tokenizer, at most")
     validation_fraction: float = setting(0.05, "part of the text held out for validation")
+    packing: str = setting(
+        "concatenate",
+        "document: rows of whole documents, which do not see each other; concatenate: the text as it is, cut into rows",
+        choices=("concatenate", "document"),
+    )
     cache_dir: Optional[str] = setting(None, "prepared data, shared by runs; null is <runs_root>/.data", safe=True)
 
 

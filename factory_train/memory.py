@@ -31,6 +31,7 @@ class Memory:
         working_weights: copies for computing: FSDP's gathered units and their gradients, or autocast's casts.
         accumulated_grads: whole gradients that FSDP keeps between micro-batches it does not reduce.
         activations: what the layers keep for the backward pass.
+        mask: which tokens see which, where documents are packed; one for all layers.
         logits: scores of the vocabulary, their log-softmax and gradient; computed in chunks, the gradients of the head too.
         snapshot: this rank's share of the state, copied for an asynchronous checkpoint; in host memory, so 0 on cards.
         runtime: libraries and processes, whatever the model.
@@ -43,6 +44,7 @@ class Memory:
     working_weights: int
     accumulated_grads: int
     activations: int
+    mask: int
     logits: int
     snapshot: int
     runtime: int
@@ -68,19 +70,21 @@ def chunked_loss(train: TrainConfig, device: str) -> bool:
     return train.loss_impl == "chunked" or (train.loss_impl == "auto" and train.loss == "cross_entropy" and device == "cuda")
 
 
-def layer_activation_bytes(model: ModelConfig, *, compute: str, autocast: bool, device: str) -> int:
+def layer_activation_bytes(model: ModelConfig, *, compute: str, autocast: bool, device: str, masked: bool = False) -> int:
     """Returns the bytes that one layer keeps for its backward pass, a token.
 
     With h the width, q that of queries, k that of keys and of values, f that of the feed-forward: the inputs of both norms
     (2h), their outputs (2h), queries and attention output (2q), keys and values (2k), gate, its activation, up and their
-    product (4f). Norms of queries and keys keep what they read (q + k).
+    product (4f). Norms of queries and keys keep what they read (q + k). With a mask CUDA's attention wants as many key and value
+    heads as query heads (2q for 2k).
     """
     q_dim, kv_dim = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
     size = BYTES[compute]
     wide = max(size, 4)
     # Under autocast the residual stream stays in fp32; norms on a CPU keep a float32 copy of their input.
     stream = wide if autocast or device == "cpu" else size
-    kept = 2 * model.dim * stream + (2 * model.dim + 2 * q_dim + 2 * kv_dim + 4 * model.ffn_dim) * size
+    attended = q_dim if masked and device == "cuda" else kv_dim
+    kept = 2 * model.dim * stream + (2 * model.dim + 2 * q_dim + 2 * attended + 4 * model.ffn_dim) * size
     head_norms = q_dim + kv_dim if model.qk_norm else 0
     kept += head_norms * (wide if device == "cpu" else size)
     # Only the fused norm of CUDA does without the normalised value itself.
@@ -117,7 +121,9 @@ def estimate_memory(
     elif autocast:
         working = count.total * compute
 
-    layer = layer_activation_bytes(cfg.model, compute=cfg.precision.compute, autocast=autocast, device=device)
+    masked = cfg.data.packing == "document"
+    mask = tokens * cfg.train.seq_len * compute if masked else 0
+    layer = layer_activation_bytes(cfg.model, compute=cfg.precision.compute, autocast=autocast, device=device, masked=masked)
     if cfg.parallel.activation_checkpoint == "full":
         entry = cfg.model.dim * (master if autocast else compute)
         activations = tokens * (cfg.model.num_layers * entry + layer)
@@ -142,7 +148,7 @@ def estimate_memory(
         # One update of each matrix, in the type of the matmuls.
         optimizer += -(-count.layer_matrices // shards) * (2 if device == "cuda" and master == 4 else master)
 
-    allocated = own * 2 * master + optimizer + working + accumulated + activations + logits
+    allocated = own * 2 * master + optimizer + working + accumulated + activations + mask + logits
     return Memory(
         params=own * master,
         grads=own * master,
@@ -150,6 +156,7 @@ def estimate_memory(
         working_weights=working,
         accumulated_grads=accumulated,
         activations=activations,
+        mask=mask,
         logits=logits,
         snapshot=snapshot,
         runtime=_RUNTIME_BYTES[device],

@@ -128,6 +128,7 @@ class Plan:
             "working weights": self.memory.working_weights,
             "accumulated gradients": self.memory.accumulated_grads,
             "activations": self.memory.activations,
+            "attention mask": self.memory.mask,
             "logits": self.memory.logits,
             "checkpoint copy": self.memory.snapshot,
             "runtime": self.memory.runtime + self.memory.fragmentation,

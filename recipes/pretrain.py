@@ -12,17 +12,22 @@ from factory_train.run_dir import Attempt
 def prepare(cfg: Config, attempt: Attempt) -> ExitCode:
     """Makes sure the tokens are there, and copies what evaluation needs into the run directory."""
     from factory_train.data.manifest import DataManifest, cache_root, check_length, check_vocabulary
+    from factory_train.data.packing_index import prepare_packing
     from factory_train.data.prepare import copy_for_run
     from factory_train.data.prepare import prepare as prepare_data
 
-    run = attempt.run
-    dataset = prepare_data(cfg.data, cache_root(cfg, run.path.parent), lambda message: attempt.record_event("prepare", message=message))
+    def report(message: str) -> None:
+        attempt.record_event("prepare", message=message)
+
+    run, cache = attempt.run, cache_root(cfg, attempt.run.path.parent)
+    dataset = prepare_data(cfg.data, cache, report)
     manifest = DataManifest.load(dataset)
     check_length(manifest, cfg.train.seq_len)
     check_vocabulary(manifest, cfg.model.vocab_size)
     # Whole rows and the last target: model and baselines are then judged on the very same tokens.
     rows = min(cfg.train.validation_rows, (manifest.splits["validation"].num_tokens - 1) // cfg.train.seq_len)
-    copy_for_run(dataset, run.data, max_validation_tokens=rows * cfg.train.seq_len + 1)
+    packing = prepare_packing(cache, dataset, cfg.train.seq_len, report) if cfg.data.packing == "document" else None
+    copy_for_run(dataset, run.data, max_validation_tokens=rows * cfg.train.seq_len + 1, packing=packing)
     return ExitCode.OK
 
 

@@ -85,6 +85,7 @@ class DataManifest:
         baselines: cross-entropy on the validation split, in nats per token, of models that only count; empty where they
             have not been computed.
         statistics: of what `prepare` read; None elsewhere.
+        packing: of a run's manifest: how its documents are packed into rows; None where rows know no documents.
     """
 
     format_version: int
@@ -100,6 +101,7 @@ class DataManifest:
     splits: dict[str, SplitRecord]
     baselines: dict[str, float]
     statistics: dict[str, Any] | None = None
+    packing: str | None = None
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -158,8 +160,9 @@ class DataManifest:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        if self.statistics is None:
-            del values["statistics"]
+        for optional in ("statistics", "packing"):
+            if values[optional] is None:
+                del values[optional]
         return values
 
     @staticmethod

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from factory_train.data.manifest import (
     request_path,
     settings,
 )
+from factory_train.data.packing_index import check_pairs
 from factory_train.data.shards import SHARD_TOKENS, ShardWriter, TokenStream, stored, token_dtype
 from factory_train.data.source import PREPARED, SPLITS, Document, Source, read_source, source_kind, source_path
 from factory_train.data.tokenizer import PIECE_CHARACTERS, Tokenizer, pieces
@@ -78,7 +77,8 @@ def prepare(config: DataConfig, cache: Path, report: Callable[[str], None], *, s
     try:
         with storage.locked(cache / "locks" / f"{dataset_id}.lock"):
             if not _is_intact(folder, report):
-                _build(config, source, folder, report, shard_tokens)
+                with storage.replacing_folder(folder) as building:
+                    _fill(config, source, dataset_id, building, report, shard_tokens)
             storage.write_json(request_path(config, cache), {"id": dataset_id})
     except OSError as error:
         what = f"prepared data cannot be written: {error.strerror or error}"
@@ -97,28 +97,6 @@ def _is_intact(folder: Path, report: Callable[[str], None]) -> bool:
         return False
     report(f"data: {folder.name} was prepared before, verified")
     return True
-
-
-def _build(config: DataConfig, source: Source, folder: Path, report: Callable[[str], None], shard_tokens: int) -> None:
-    """Builds the dataset beside its place and moves it there; the caller holds the lock."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.tmp-"
-    # Under the lock, what another process left behind can only be of one that died.
-    for remains in folder.parent.glob(prefix + "*"):
-        shutil.rmtree(remains)
-    building = folder.parent / (prefix + secrets.token_hex(4))
-    building.mkdir()
-    try:
-        _fill(config, source, folder.name, building, report, shard_tokens)
-        storage.fsync_directory(building)
-        if folder.exists():
-            # Damaged: out of the way first, since a folder cannot replace another.
-            folder.rename(folder.parent / f"{prefix}damaged-{secrets.token_hex(4)}")
-        building.rename(folder)
-        storage.fsync_directory(folder.parent)
-    finally:
-        for remains in folder.parent.glob(prefix + "*"):
-            shutil.rmtree(remains, ignore_errors=True)
 
 
 def _fill(config: DataConfig, source: Source, dataset_id: str, folder: Path, report: Callable[[str], None], shard_tokens: int) -> None:
@@ -146,7 +124,7 @@ def _fill(config: DataConfig, source: Source, dataset_id: str, folder: Path, rep
     # A stream needs a manifest; this one lies in a folder that nobody takes for finished.
     manifest.save(folder)
     report("data: counting for the baselines")
-    figures = _baselines(folder, manifest.splits["validation"].num_tokens)
+    figures = _baselines(folder, manifest.splits["validation"].num_tokens, within_documents=False)
     dataclasses.replace(manifest, baselines=figures).save(folder)
     tokens = ", ".join(f"{manifest.splits[split].num_tokens:,} {split} tokens" for split in SPLITS)
     report(f"data: {dataset_id} is ready, {tokens}")
@@ -181,21 +159,30 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[bool, str]]]:
         yield batch
 
 
-def _baselines(folder: Path, num_validation_tokens: int) -> dict[str, float]:
+def _baselines(folder: Path, num_validation_tokens: int, *, within_documents: bool) -> dict[str, float]:
     train, validation = TokenStream(folder, "train"), TokenStream(folder, "validation")
-    return baselines(_sample(train), validation.slice(0, num_validation_tokens), train.manifest.vocab_size)
+    (counted, counted_starts), judged = _sample(train), validation.slice(0, num_validation_tokens)
+    starts = [counted_starts, validation.document_starts()] if within_documents else []
+    return baselines(counted, judged, train.manifest.vocab_size, *starts)
 
 
-def _sample(train: TokenStream) -> npt.NDArray[np.int64]:
-    """Returns the training tokens, or stretches of them from all over the split if they are many."""
+def _sample(train: TokenStream) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns training tokens and where documents begin in them: all, or stretches from all over the split if they are many."""
+    starts = train.document_starts()
     if train.num_tokens <= _BASELINE_TOKENS:
-        return train.slice(0, train.num_tokens)
+        return train.slice(0, train.num_tokens), starts
     length = _BASELINE_TOKENS // _BASELINE_STRETCHES
-    starts = np.linspace(0, train.num_tokens - length, _BASELINE_STRETCHES).astype(np.int64)
-    return np.concatenate([train.slice(int(start), length) for start in starts])
+    places = np.linspace(0, train.num_tokens - length, _BASELINE_STRETCHES).astype(np.int64).tolist()
+    tokens, found = [], []
+    for number, place in enumerate(places):
+        tokens.append(train.slice(place, length))
+        inner = starts[np.searchsorted(starts, place) : np.searchsorted(starts, place + length)]
+        # A stretch begins something of its own, whatever was before it.
+        found.append(np.union1d([0], inner - place) + number * length)
+    return np.concatenate(tokens), np.concatenate(found)
 
 
-def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> DataManifest:
+def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int, packing: str | None = None) -> DataManifest:
     """Copies what evaluation needs into a run, so that the run directory is enough: tokenizer, manifest, validation tokens.
 
     Args:
@@ -204,12 +191,13 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> Da
         max_validation_tokens: at most so many, from the start of the split; counts of tokens, bytes and documents and
             the baselines in the run's manifest are those of exactly this part. The training split is described there,
             but its files are not copied.
+        packing: how documents are packed (`prepare_packing`), and judged within; None where rows know no documents.
     Returns:
         The run's manifest.
     Raises:
         DataError: the run already belongs to other data.
     """
-    manifest = DataManifest.load(folder)
+    manifest = dataclasses.replace(DataManifest.load(folder), packing=packing)
     if (run_data / MANIFEST_NAME).exists():
         _check_same_data(DataManifest.load(run_data), manifest)
     stream = TokenStream(folder, "validation")
@@ -233,8 +221,12 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> Da
     copy = dataclasses.replace(
         manifest,
         splits={**manifest.splits, "validation": record},
-        baselines=manifest.baselines if whole and manifest.baselines else _baselines(folder, num_tokens),
+        baselines=manifest.baselines
+        if whole and packing is None and manifest.baselines
+        else _baselines(folder, num_tokens, within_documents=packing is not None),
     )
+    if packing is not None:
+        check_pairs(copy, "validation")
     copy.save(run_data)
     return copy
 
@@ -243,3 +235,8 @@ def _check_same_data(before: DataManifest, now: DataManifest) -> None:
     if before.id != now.id:
         what = f"the run was started on {before.description} ({before.id}); the data is now {now.description} ({now.id})"
         raise DataError(what, where="data", fix="continue with the data it was started on, or start a new run with another run=")
+    if before.packing != now.packing:
+        what = f"the run was started on other rows: {before.packing or 'not packed'}; now they are {now.packing or 'not packed'}"
+        raise DataError(
+            what, where="data.packing", fix="continue with the version it was started with, or start a new run with another run="
+        )

@@ -12,8 +12,9 @@ import torch
 from factory_train import plugins, storage
 from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
 from factory_train.config import Config
-from factory_train.data.loader import IGNORE_INDEX, validation_batches
+from factory_train.data.loader import validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
+from factory_train.data.rows import IGNORE_INDEX, validation_rows
 from factory_train.data.shards import TokenStream
 from factory_train.data.tokenizer import Tokenizer
 from factory_train.distributed.process_group import choose_device
@@ -92,18 +93,11 @@ def evaluate_run(run: RunDir, step: int | None = None) -> Evaluation:
     model = load_model(cfg, manifest, reader, device)
     tokens, tokenizer = TokenStream(run.data, "validation"), Tokenizer.load(run.data / TOKENIZER_NAME, manifest.eos_id)
     loss_sum, num_tokens = 0.0, 0
-    batches = validation_batches(
-        tokens,
-        seq_len=cfg.train.seq_len,
-        max_rows=cfg.train.validation_rows,
-        micro_batch_size=cfg.train.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-    )
-    for micro in batches:
-        targets_BT = micro.targets_BT.to(device)
-        loss_sum += summed_cross_entropy(model(micro.tokens_BT.to(device)), targets_BT).item()
-        num_tokens += int((targets_BT != IGNORE_INDEX).sum())
+    rows = validation_rows(cfg, tokens)
+    for batch in validation_batches(rows, micro_batch_size=cfg.train.micro_batch_size, dp_rank=0, dp_size=1):
+        micro = batch.to(device)
+        loss_sum += summed_cross_entropy(model(*micro.inputs), micro.targets_BT).item()
+        num_tokens += int((micro.targets_BT != IGNORE_INDEX).sum())
     loss = loss_sum / num_tokens
     evaluation = Evaluation(
         format_version=EVALUATION_FORMAT_VERSION,

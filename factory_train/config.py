@@ -22,8 +22,8 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), safe: boo
     metadata = {"help": help, "choices": choices, "safe": safe}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -79,6 +79,9 @@ class DataConfig:
         "document: rows of whole documents, which do not see each other; concatenate: the text as it is, cut into rows",
         choices=("concatenate", "document"),
     )
+    sets: dict[str, str] = setting({}, "a mixture: folders that prepare made, by name: {web:FOLDER,code:FOLDER}")
+    weights: dict[str, float] = setting({}, "part of the samples that comes from each of data.sets; by their tokens if left out")
+    phases: list[dict[str, float]] = setting([], "weights that change: [{until_step:800,web:9,code:1},{web:1,code:1}]")
     cache_dir: Optional[str] = setting(None, "prepared data, shared by runs; null is <runs_root>/.data", safe=True)
 
 
@@ -322,9 +325,11 @@ def _dataclass_in(hint: Any) -> type | None:
 def flatten(config: Config) -> dict[str, Any]:
     """Returns the configuration as one flat mapping of dotted keys to leaf values."""
 
+    keys = {key.name for key in schema_keys()}
+
     def walk(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, inner in value.items():
-            if isinstance(inner, Mapping):
+            if isinstance(inner, Mapping) and prefix + name not in keys:
                 yield from walk(inner, f"{prefix}{name}.")
             else:
                 yield prefix + name, inner

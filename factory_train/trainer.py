@@ -15,10 +15,10 @@ from factory_train.checkpoint.entries import TensorEntry, training_entries
 from factory_train.checkpoint.load import load_newest
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
+from factory_train.data.catalog import cache_root
 from factory_train.data.loader import Cursor, TokenLoader
-from factory_train.data.manifest import DataManifest, cache_root
-from factory_train.data.rows import training_rows
-from factory_train.data.samples import ShuffledRows
+from factory_train.data.manifest import DataManifest
+from factory_train.data.samples import training_samples
 from factory_train.diagnostics.steps import Diagnostics
 from factory_train.distributed.mesh import ParallelDims
 from factory_train.distributed.parallelize import parallelize
@@ -78,7 +78,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.module, cfg.optim)
         self.loss = TrainingLoss(cfg.train, self.model, device)
         self.reduction = StepReduction(device, self.model.grad_copies)
-        self.samples = ShuffledRows(training_rows(cfg, cache_root(cfg, attempt.run.path.parent), dataset), cfg.train.seed)
+        self.samples = training_samples(cfg, cache_root(cfg, attempt.run.path.parent), dataset, plan.samples_per_step)
         self.validation = Validation(self.model, cfg, attempt.run, device, dp_rank=env.rank, dp_size=self.dims.dp_size)
         self.throughput = Throughput(
             tokens_per_step=plan.tokens_per_step,

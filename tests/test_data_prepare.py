@@ -18,7 +18,8 @@ from factory_train import storage
 from factory_train.config import Config, DataConfig
 from factory_train.data import manifest as manifest_module
 from factory_train.data.baselines import baselines
-from factory_train.data.manifest import DataManifest, cache_root, check_length, check_vocabulary, find_prepared
+from factory_train.data.catalog import cache_root, find_prepared
+from factory_train.data.manifest import DataManifest, check_length, check_vocabulary
 from factory_train.data.prepare import copy_for_run, prepare
 from factory_train.data.shards import ShardWriter, TokenStream, token_dtype
 from factory_train.data.source import read_source

@@ -21,8 +21,8 @@ from gang import run_gang, start_run
 from factory_train import checks, cli
 from factory_train.checkpoint.reader import open_checkpoint
 from factory_train.config import Config, ModelConfig, from_mapping
+from factory_train.data.catalog import cache_root, find_prepared
 from factory_train.data.loader import TokenLoader
-from factory_train.data.manifest import cache_root, find_prepared
 from factory_train.data.rows import ConcatenatedRows
 from factory_train.data.samples import ShuffledRows
 from factory_train.data.shards import TokenStream

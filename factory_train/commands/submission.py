@@ -11,7 +11,9 @@ from pathlib import Path
 from factory_train import checks, storage
 from factory_train.checkpoint import origin
 from factory_train.config import Config, unsafe_changes
-from factory_train.data.manifest import DataManifest, cache_root, check_length, find_prepared
+from factory_train.data.catalog import cache_root, known_manifest
+from factory_train.data.manifest import check_length
+from factory_train.data.mixture import check_set_lengths
 from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
 from factory_train.hardware import Hardware, detect, visible_cards
@@ -284,10 +286,10 @@ def _hardware(config: Config) -> Hardware:
 
 
 def _plan(config: Config, hardware: Hardware, cache: Path) -> Plan:
-    prepared = find_prepared(config.data, cache)
-    manifest = DataManifest.load(prepared) if prepared else None
+    manifest = known_manifest(config.data, cache)
     if manifest is not None:
         check_length(manifest, config.train.seq_len)
+        check_set_lengths(config.data, config.train.seq_len)
     checks.check_vocabulary(config, manifest.vocab_size if manifest else None)
     at_most = {"bpe": config.data.vocab_size, "byte": checks.BYTE_VOCABULARY, "char": _CHAR_VOCABULARY}[config.data.tokenizer]
     rows = config.model.vocab_size or (manifest.vocab_size if manifest else at_most)

@@ -1,4 +1,4 @@
-"""The manifest of prepared data, and how a request finds it again without reading any text.
+"""The manifest of prepared data: what a folder holds, and whether it does.
 
 Everything here is cheap and needs the standard library only: a login node asks it whether data is ready.
 """
@@ -8,21 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from factory_train import storage
-from factory_train.config import Config, DataConfig
-from factory_train.data.source import MANIFEST_NAME, PREPARED, SPLITS, source_kind, source_path, too_short
+from factory_train.data.source import MANIFEST_NAME, PREPARED, SPLITS, too_short
 from factory_train.errors import ConfigError, IntegrityError
 
 FORMAT_VERSION = 2
-# What tokens are made of has not changed since the first version, and neither have the names of datasets.
-_TOKENS_VERSION = 1
 TOKENIZER_NAME = "tokenizer.json"
 SOURCE_NAME = "source.json"
 
@@ -230,66 +225,6 @@ def check_vocabulary(manifest: DataManifest, model_vocab_size: int | None) -> No
         raise ConfigError(what, where="model.vocab_size", fix=f"model.vocab_size={manifest.vocab_size} or larger, or model.vocab_size=null")
 
 
-def cache_root(config: Config, runs_root: Path) -> Path:
-    """Returns the folder of prepared data that runs share."""
-    return Path(config.data.cache_dir).expanduser().absolute() if config.data.cache_dir else runs_root.absolute() / ".data"
-
-
-def dataset_folder(cache: Path, dataset_id: str) -> Path:
-    return cache / "datasets" / dataset_id
-
-
-def settings(config: DataConfig) -> dict[str, Any]:
-    """Returns all that decides what the tokens are, apart from the text."""
-    return {
-        "format_version": _TOKENS_VERSION,
-        "kind": source_kind(config),
-        "tokenizer": config.tokenizer,
-        "vocab_size": config.vocab_size if config.tokenizer == "bpe" else None,
-        "validation_fraction": config.validation_fraction,
-    }
-
-
-def request_path(config: DataConfig, cache: Path) -> Path:
-    """Returns the alias file that leads from this request to its prepared data.
-
-    The request stands for text that has not been read: a file by path, size and time; the standard library by the
-    interpreter it belongs to; a plugin's data source by its name and data.path. Preparing reads the text and renews the alias.
-    """
-    request = settings(config)
-    if request["kind"] == "text":
-        path = source_path(config)
-        stat = path.stat()
-        request |= {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    elif request["kind"] == "builtin":
-        request |= {"python": sys.version, "stdlib": sysconfig.get_paths()["stdlib"]}
-    else:
-        request |= {"path": config.path}
-    return cache / "requests" / f"{digest(request)}.json"
-
-
 def digest(value: Any) -> str:
     """Returns a short name for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def find_prepared(config: DataConfig, cache: Path) -> Path | None:
-    """Returns the folder with the prepared data of this request, if it is there and of the right size.
-
-    Raises:
-        IntegrityError: data that the verb `prepare` made is damaged: no run can make it again.
-    """
-    if source_kind(config) == PREPARED:
-        folder = source_path(config)
-        DataManifest.load(folder).check_sizes(folder)
-        return folder
-    try:
-        alias = storage.read_json(request_path(config, cache))
-        if alias is None:
-            return None
-        folder = dataset_folder(cache, alias["id"])
-        DataManifest.load(folder).check_sizes(folder)
-    except (OSError, ValueError, KeyError, TypeError, IntegrityError):
-        # Whatever is wrong with it, preparing again is the remedy, and it says what was wrong.
-        return None
-    return folder

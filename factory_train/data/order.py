@@ -60,11 +60,11 @@ class Permutation:
     def _encrypt(self, index: _Bits) -> _Bits:
         left, right = index >> self._half_bits, index & self._half_mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
+            left, right = right, left ^ (scramble(right ^ key) & self._half_mask)
         return left << self._half_bits | right
 
 
-def _mix(value: _Bits) -> _Bits:
+def scramble(value: _Bits) -> _Bits:
     """Scrambles 64 bits. Source: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK

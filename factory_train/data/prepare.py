@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from factory_train import storage
 from factory_train.config import DataConfig
+from factory_train.data import mixture
 from factory_train.data.baselines import baselines
+from factory_train.data.catalog import dataset_folder, request_path, settings
 from factory_train.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -27,14 +29,12 @@ from factory_train.data.manifest import (
     SplitRecord,
     check_length,
     check_vocabulary,
-    dataset_folder,
     digest,
-    request_path,
-    settings,
 )
+from factory_train.data.mixture_prepare import prepare_mixture
 from factory_train.data.packing_index import check_pairs
 from factory_train.data.shards import SHARD_TOKENS, ShardWriter, TokenStream, stored, token_dtype
-from factory_train.data.source import PREPARED, SPLITS, Document, Source, read_source, source_kind, source_path
+from factory_train.data.source import MIXTURE, PREPARED, SPLITS, Document, Source, read_source, source_kind, source_path
 from factory_train.data.tokenizer import PIECE_CHARACTERS, Tokenizer, pieces
 from factory_train.errors import DataError, IntegrityError, PreflightError
 
@@ -68,6 +68,8 @@ def prepare(config: DataConfig, cache: Path, report: Callable[[str], None], *, s
         manifest.check_sizes(folder)
         report(f"data: {manifest.description}, {manifest.splits['train'].num_tokens:,} training tokens in {folder}")
         return folder
+    if source_kind(config) == MIXTURE:
+        return prepare_mixture(mixture.load(config), cache, report)
     source = read_source(config)
     num_bytes = sum(row["bytes"] for row in source.manifest)
     documents = f"{len(source.manifest):,} documents, " if len(source.manifest) > 1 else ""
@@ -124,7 +126,8 @@ def _fill(config: DataConfig, source: Source, dataset_id: str, folder: Path, rep
     # A stream needs a manifest; this one lies in a folder that nobody takes for finished.
     manifest.save(folder)
     report("data: counting for the baselines")
-    figures = _baselines(folder, manifest.splits["validation"].num_tokens, within_documents=False)
+    num_tokens = manifest.splits["validation"].num_tokens
+    figures = _baselines(folder, num_tokens, training=[(folder, 1.0)], within_documents=False)
     dataclasses.replace(manifest, baselines=figures).save(folder)
     tokens = ", ".join(f"{manifest.splits[split].num_tokens:,} {split} tokens" for split in SPLITS)
     report(f"data: {dataset_id} is ready, {tokens}")
@@ -159,19 +162,24 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[bool, str]]]:
         yield batch
 
 
-def _baselines(folder: Path, num_validation_tokens: int, *, within_documents: bool) -> dict[str, float]:
-    train, validation = TokenStream(folder, "train"), TokenStream(folder, "validation")
-    (counted, counted_starts), judged = _sample(train), validation.slice(0, num_validation_tokens)
+def _baselines(
+    folder: Path, num_validation_tokens: int, *, training: Sequence[tuple[Path, float]], within_documents: bool
+) -> dict[str, float]:
+    samples = [_sample(TokenStream(of_set, "train"), round(share * _BASELINE_TOKENS)) for of_set, share in training]
+    offsets = np.cumsum([0, *(len(tokens) for tokens, _ in samples)])
+    counted = np.concatenate([tokens for tokens, _ in samples])
+    counted_starts = np.concatenate([starts + offset for (_, starts), offset in zip(samples, offsets, strict=False)])
+    validation = TokenStream(folder, "validation")
     starts = [counted_starts, validation.document_starts()] if within_documents else []
-    return baselines(counted, judged, train.manifest.vocab_size, *starts)
+    return baselines(counted, validation.slice(0, num_validation_tokens), validation.manifest.vocab_size, *starts)
 
 
-def _sample(train: TokenStream) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Returns training tokens and where documents begin in them: all, or stretches from all over the split if they are many."""
+def _sample(train: TokenStream, num_tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns training tokens and where documents begin in them: all, or stretches from all over the split if they are more."""
     starts = train.document_starts()
-    if train.num_tokens <= _BASELINE_TOKENS:
+    if train.num_tokens <= num_tokens:
         return train.slice(0, train.num_tokens), starts
-    length = _BASELINE_TOKENS // _BASELINE_STRETCHES
+    length = -(-num_tokens // _BASELINE_STRETCHES)
     places = np.linspace(0, train.num_tokens - length, _BASELINE_STRETCHES).astype(np.int64).tolist()
     tokens, found = [], []
     for number, place in enumerate(places):
@@ -182,7 +190,14 @@ def _sample(train: TokenStream) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
     return np.concatenate(tokens), np.concatenate(found)
 
 
-def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int, packing: str | None = None) -> DataManifest:
+def copy_for_run(
+    folder: Path,
+    run_data: Path,
+    max_validation_tokens: int,
+    *,
+    packing: str | None = None,
+    training: Sequence[tuple[Path, float]] | None = None,
+) -> DataManifest:
     """Copies what evaluation needs into a run, so that the run directory is enough: tokenizer, manifest, validation tokens.
 
     Args:
@@ -192,6 +207,7 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int, packi
             the baselines in the run's manifest are those of exactly this part. The training split is described there,
             but its files are not copied.
         packing: how documents are packed (`prepare_packing`), and judged within; None where rows know no documents.
+        training: folders that training reads and the share of each, for the baselines; None is `folder` alone.
     Returns:
         The run's manifest.
     Raises:
@@ -223,7 +239,7 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int, packi
         splits={**manifest.splits, "validation": record},
         baselines=manifest.baselines
         if whole and packing is None and manifest.baselines
-        else _baselines(folder, num_tokens, within_documents=packing is not None),
+        else _baselines(folder, num_tokens, training=training or [(folder, 1.0)], within_documents=packing is not None),
     )
     if packing is not None:
         check_pairs(copy, "validation")

@@ -26,6 +26,8 @@ from factory_train.registries import DATA_SOURCES
 SPLITS = ("train", "validation")
 # The kind of source that is a folder made by the verb `prepare`: its tokens are there already.
 PREPARED = "prepared"
+# The kind that is several of those.
+MIXTURE = "mixture"
 MANIFEST_NAME = "manifest.json"
 # A BPE vocabulary starts from the 256 bytes and the end-of-text token.
 MIN_BPE_VOCABULARY = 257
@@ -72,8 +74,12 @@ def source_kind(config: DataConfig) -> str:
     """Returns the name of the data source; for a built-in one, setting data.path is enough to mean text, or prepared data.
 
     Raises:
-        ConfigError: data.name=text without a path.
+        ConfigError: data.name=text without a path, or sets and a path.
     """
+    if config.sets:
+        if config.path is not None:
+            raise ConfigError("either data.path or data.sets, not both", where="data.path", fix="data.path=null")
+        return MIXTURE
     if not DATA_SOURCES.is_builtin(config.name):
         return config.name
     if config.path is not None:
@@ -216,7 +222,10 @@ def check_source(config: DataConfig, seq_len: int) -> None:
         fix = f"data.vocab_size={MIN_BPE_VOCABULARY} or larger, or data.tokenizer=byte"
         raise ConfigError(f"a BPE vocabulary of {config.vocab_size} does not hold the 256 bytes", where="data.vocab_size", fix=fix)
     kind = source_kind(config)
-    if kind == PREPARED:
+    if not config.sets and (config.weights or config.phases):
+        where = "data.weights" if config.weights else "data.phases"
+        raise ConfigError("weights of what? There are no data.sets", where=where, fix="data.sets={web:FOLDER,code:FOLDER}")
+    if kind in (PREPARED, MIXTURE):
         # Its manifest says all there is to check; whoever asks for the data looks at it.
         return
     if not DATA_SOURCES.is_builtin(kind):

@@ -341,7 +341,7 @@ def reference_adamw_tensors(weights, remainders, grads, exp_avgs, exp_avg_sqs, s
         coded = (scales[index], scales_sq[index]) if scales else (None, None)
         row_groups = torch.full((len(rows[0]),), int(groups[index]), dtype=torch.uint8, device=weight.device)
         flat = [None if row is None else row.reshape(-1) for row in rows]
-        reference_adamw_flat(flat[0], flat[1], flat[2], flat[3], flat[4], *coded, row_groups, control, flag)
+        reference_adamw_flat(flat[0], flat[1], flat[2], flat[3], flat[4], coded[0], coded[1], row_groups, control, flag)
         for tensor, row in zip(tensors, rows, strict=True):
             if tensor is not None and row.data_ptr() != tensor.data_ptr():
                 tensor.copy_(row.view(-1)[: tensor.numel()].view(tensor.shape))

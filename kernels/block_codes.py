@@ -32,7 +32,7 @@ if HAS_TRITON:
     def encode_signed_rows(values):
         """Returns int8 codes and scales [rows]."""
         scale = tl.max(tl.abs(values), axis=1)
-        inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
+        inverse = tl.where(scale > 0.0, 1.0 / tl.where(scale > 0.0, scale, 1.0), 0.0)
         # The inverse of a denormal is infinite; such moments do nothing and become zeros.
         inverse = tl.where(inverse < float("inf"), inverse, 0.0)
         size = tl.minimum(tl.floor(tl.sqrt_rn(tl.abs(values) * inverse[:, None]) * 127.0 + 0.5), 127.0)
@@ -49,7 +49,7 @@ if HAS_TRITON:
     def encode_root_rows(roots):
         """Returns uint8 codes and scales [rows] of second moments whose square roots are given."""
         scale = tl.max(roots, axis=1)
-        inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
+        inverse = tl.where(scale > 0.0, 1.0 / tl.where(scale > 0.0, scale, 1.0), 0.0)
         inverse = tl.where(inverse < float("inf"), inverse, 0.0)
         codes = tl.floor(tl.sqrt_rn(roots * inverse[:, None]) * 255.0 + 0.5)
         lowest = tl.where(roots > 0.0, 1.0, 0.0)

@@ -345,11 +345,15 @@ DISPLACEMENT = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}
 
 
 @pytest.mark.parametrize(("split", "state"), FORMATS, ids=IDS)
-def test_a_hundred_steps_go_where_float64_goes(split: bool, state: str) -> None:
-    """Relative error of the way travelled, gradients with a direction of their own and noise on them."""
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["alike", "log-normal"])
+def test_a_hundred_steps_go_where_float64_goes(split: bool, state: str, spread: float) -> None:
+    """Relative error of the way travelled, gradients with a direction of their own and noise on them.
+
+    Sizes of gradients change from block to block, and with `spread` within blocks too, which 8 bits are worse at.
+    """
     n = 8192
     start = 0.02 * noise(n, 50)
-    direction, size = noise(n, 51).double(), torch.logspace(-4, 0, n, dtype=torch.float64)
+    direction, size = noise(n, 51).double(), torch.logspace(-4, 0, n, dtype=torch.float64) * (spread * noise(n, 52).double()).exp()
     buffers, facts, groups = Buffers.of(start, split, state), Statistics(), torch.zeros(1, dtype=torch.int32)
     facts.hyper[:, gradient_statistics.LR] = 1e-3
     x, m, v = start.double(), torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
@@ -359,8 +363,8 @@ def test_a_hundred_steps_go_where_float64_goes(split: bool, state: str) -> None:
         update_list(adamw.reference_adamw_tensors, [buffers], [grad], groups, facts)
         x, m, v = expected(x, m, v, grad, facts, torch.zeros(n, dtype=torch.int64))
     error = float((buffers.master().double() - x).norm() / (x - start.double()).norm())
-    print(f"{'split' if split else 'float32'} {state}: displacement error {error:.2e}")
-    assert error <= DISPLACEMENT[state]
+    print(f"{'split' if split else 'float32'} {state}: {spread}: displacement error {error:.2e}")
+    assert error <= DISPLACEMENT[state] * (1 + spread)
 
 
 # Operators

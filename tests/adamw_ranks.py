@@ -179,6 +179,11 @@ def load_all(rank: int, world: int, strategy: str, shapes: dict, runs: dict[tupl
                 model = model_of(strategy, world, shapes, dtype_of(kind))
                 optimizer = optimizer_of(model, kind)
                 mine = entries_of(rank, world, strategy, model, optimizer)
+                if kind == "int8":
+                    # As init_from does: the weights alone.
+                    load_checkpoint(reader, mine, sections=("weights",))
+                    if any(entry.section != "weights" and bool(entry.tensor.detach().any()) for entry in mine):
+                        wrong.append(f"{source} of {shards} -> {kind}: more than the weights")
                 loaded = load_checkpoint(reader, mine)
                 native = any(section.startswith("native/") for section in loaded.sections)
                 if native != (source == kind == "int8" and shards == world) or not loaded.has_optimizer:

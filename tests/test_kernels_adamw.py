@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sm90 import compile_for_sm90
@@ -398,6 +402,26 @@ def test_the_operators_pass_opcheck_and_compile(split: bool, state: str) -> None
     assert torch.equal(compiled, step(buffers.weight, grad))
     for a, b in zip(after, (*buffers.tensors(), facts.step), strict=True):
         assert torch.equal(a, b)
+
+
+def test_without_triton_the_references_run() -> None:
+    program = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "triton" else find(name, *more)
+import torch
+from factory_train.fused_adamw import FusedAdamW
+from factory_train.kernels import loss, muon
+parameter = torch.nn.Parameter(torch.ones(300, dtype=torch.bfloat16))
+optimizer = FusedAdamW([parameter], lr=0.1, state="int8", master="split", max_grad_norm=1.0)
+parameter.square().sum().backward()
+optimizer.step()
+assert abs(float(optimizer.master(parameter).detach()[7]) - 0.899) < 1e-4
+assert "triton" not in sys.modules or not hasattr(loss, "triton")
+"""
+    environ = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_kernels_compile_for_sm90() -> None:

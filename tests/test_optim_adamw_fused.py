@@ -11,7 +11,9 @@ from adamw_ranks import FORMATS, LR, MAX_NORM, UNEVEN, WHOLE
 from checkpoint_cases import new_run
 from rank_pool import RankPool
 
+from factory_train.distributed.encoded import Coded, Rounded, SplitWeight
 from factory_train.fused_adamw import FusedAdamW
+from factory_train.kernels import block_codes
 
 STEPS = 10
 
@@ -117,6 +119,26 @@ def test_checkpoints_move_between_all_formats_and_numbers_of_ranks(ranks: RankPo
     for world in (1, 2, 4):
         for wrong in ranks.run(world, adamw_ranks.load_all, "fsdp" if world > 1 else "single", shapes, runs):
             assert not wrong, wrong[:5]
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float64])
+def test_encoded_tensors_take_values_of_any_type_and_say_what_they_are(narrow: torch.dtype) -> None:
+    """What reads a Hugging Face folder copies into weights whatever it finds there."""
+    values = torch.randn(7, 50, dtype=torch.float64).to(narrow)
+    blocks = block_codes.num_blocks(values.numel())
+    encoded = [
+        SplitWeight(torch.zeros(7, 50, dtype=torch.bfloat16), torch.zeros(7, 50, dtype=torch.int16)),
+        Rounded(torch.zeros(7, 50, dtype=torch.bfloat16)),
+        Coded(torch.zeros(7, 50, dtype=torch.int8), torch.zeros(blocks)),
+        Coded(torch.zeros(7, 50, dtype=torch.uint8), torch.zeros(blocks)),
+    ]
+    for tensor, tolerance in zip(encoded, (0.0, 2**-8, 2e-2, 2e-2), strict=True):
+        expected = values.abs() if tensor is encoded[3] else values
+        found = tensor.copy_(expected).detach()
+        assert (found.dtype, found.shape, tensor.nbytes) == (torch.float32, values.shape, found.nbytes)
+        assert (found - expected.float()).norm() <= tolerance * expected.float().norm()
+        again = found.clone()
+        assert torch.equal(tensor.copy_(found).detach(), again)
 
 
 # As a torch.optim.Optimizer

@@ -119,6 +119,8 @@ class OptimConfig:
     ns_steps: int = setting(5, "muon: iterations that make an update orthogonal")
     eps: float = setting(1e-8, "added to the root of the second moment")
     weight_decay: float = setting(0.1, "decoupled decay of matrices; norms are not decayed")
+    state: str = setting("fp32", "adamw_fused: how moments are kept", choices=("fp32", "bf16", "int8"), safe=True)
+    master: str = setting("fp32", "adamw_fused: split is a bf16 weight and the rest of float32", choices=("fp32", "split"), safe=True)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns clipping off")
     schedule: str = setting("wsd", "shape after warm-up")
     warmup_steps: int = setting(20, "steps of linear warm-up")

@@ -6,6 +6,7 @@ in the tests); the rest is from measurements of others, so that a quarter more o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from factory_train.config import Config, ModelConfig, OptimConfig, TrainConfig
@@ -14,6 +15,8 @@ from factory_train.model_size import ParameterCount
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 # CUDA context, NCCL and cuBLAS workspaces; on a CPU the interpreter with torch in it.
 _RUNTIME_BYTES = {"cuda": 3 * 2**29, "cpu": 400 * 2**20}
+# Bytes of one moment in memory: float32, bfloat16, 8 bits and a scale for 256 of them.
+_MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256}
 # What the CUDA caching allocator cannot use of what it holds.
 _FRAGMENTATION = 0.05
 # kernels.loss.CHUNK_BYTES, which torch comes with; a test holds them together.
@@ -25,9 +28,9 @@ class Memory:
     """Bytes of one rank at the peak of a training step.
 
     Args:
-        params: master weights held between steps.
-        grads: reduced gradients.
-        optimizer: moments, and what the optimizer keeps to work with.
+        params: weights held between steps: masters, or the upper halves of split ones.
+        grads: reduced gradients, of the weights' type.
+        optimizer: moments, remainders of split weights, and what the optimizer keeps to work with.
         working_weights: copies for computing: FSDP's gathered units and their gradients, or autocast's casts.
         accumulated_grads: whole gradients that FSDP keeps between micro-batches it does not reduce.
         activations: what the layers keep for the backward pass.
@@ -63,6 +66,12 @@ class Memory:
 def moments_numel(optim: OptimConfig, count: ParameterCount) -> int:
     """Returns how many numbers of optimizer state a checkpoint holds: two a parameter, with Muon one for a matrix of a layer."""
     return 2 * count.total - (count.layer_matrices if optim.name == "muon" else 0)
+
+
+def checkpoint_bytes(cfg: Config, count: ParameterCount) -> int:
+    """Returns the bytes of a checkpoint: masters and moments in the type of masters, and 8-bit moments beside them as they are."""
+    canonical = (count.total + moments_numel(cfg.optim, count)) * BYTES[cfg.precision.params]
+    return canonical + (math.ceil(2 * count.total * _MOMENT_BYTES["int8"]) if cfg.optim.state == "int8" else 0)
 
 
 def chunked_loss(train: TrainConfig, device: str) -> bool:
@@ -105,7 +114,10 @@ def estimate_memory(
         grad_accum_steps: micro-batches of a step.
         device: "cuda" or "cpu".
     """
-    master, compute, reduce = BYTES[cfg.precision.params], BYTES[cfg.precision.compute], BYTES[cfg.precision.reduce]
+    split = cfg.optim.master == "split"
+    # What the model's parameters and their gradients are.
+    master = 2 if split else BYTES[cfg.precision.params]
+    compute, reduce = BYTES[cfg.precision.compute], BYTES[cfg.precision.reduce]
     tokens = cfg.train.micro_batch_size * cfg.train.seq_len
     sharded = cfg.parallel.strategy == "fsdp"
     autocast = not sharded and compute != master
@@ -140,10 +152,10 @@ def estimate_memory(
             later = count.layer * (compute + reduce) + (0 if cfg.model.tie_embeddings else count.embedding * compute)
             logits = max(tokens * cfg.model.dim * compute, logits - later)
 
-    state_bytes = (count.total + moments_numel(cfg.optim, count)) * master
-    snapshot = state_bytes // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0
+    snapshot = checkpoint_bytes(cfg, count) // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0
     shards = dp_shard if sharded else 1
-    optimizer = -(-moments_numel(cfg.optim, count) // shards) * master
+    moment = _MOMENT_BYTES[cfg.optim.state] if cfg.optim.state != "fp32" else BYTES[cfg.precision.params]
+    optimizer = math.ceil(-(-moments_numel(cfg.optim, count) // shards) * moment) + (own * 2 if split else 0)
     if cfg.optim.name == "muon":
         # One update of each matrix, in the type of the matmuls.
         optimizer += -(-count.layer_matrices // shards) * (2 if device == "cuda" and master == 4 else master)

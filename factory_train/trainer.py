@@ -28,7 +28,7 @@ from factory_train.launchers.job import WorkerEnv
 from factory_train.loss import TrainingLoss
 from factory_train.metrics_log import MetricsLog
 from factory_train.models.build import build_model
-from factory_train.optim import build_optimizer
+from factory_train.optim import build_optimizer, masters_of, squares_of
 from factory_train.plan import Plan
 from factory_train.preemption import StopSignal
 from factory_train.run_dir import Attempt
@@ -165,7 +165,7 @@ class Trainer:
         self._enter("reduce")
         verdict, previous = self.reduction.reduce(
             loss,
-            self.optimizer.gradients(),
+            squares_of(self.optimizer),
             preempt=self.stop.must_leave(),
             interrupt=self.stop.interrupt,
             data_hash=batch.data_hash,
@@ -232,7 +232,8 @@ class Trainer:
     def _entries(self) -> list[TensorEntry]:
         """Returns this rank's shards of weights and optimizer state, as a checkpoint addresses them."""
         copy, copies = self.env.rank // self.dims.dp_shard, self.dims.dp_replicate
-        return training_entries(self.parameters, self.optimizer.state(), replica_rank=copy, replica_count=copies)
+        state, masters = self.optimizer.state(), masters_of(self.optimizer)
+        return training_entries(self.parameters, state, replica_rank=copy, replica_count=copies, masters=masters)
 
     def _save(self) -> None:
         self.stop.place.enter(self.step, "save")

@@ -234,6 +234,8 @@ def test_a_chunked_loss_needs_a_cross_entropy_and_a_head() -> None:
         TrainingLoss(cfg.train, ParallelModel(LanguageModel(), LanguageModel(), 1, None), torch.device("cpu"))
 
 
+# What differs in float64 shows at once; in float32 the claim is about how it grows.
+STEPS = {"float64": 4, "float32": 10}
 CASES = [("float64", "ddp2"), ("float64", "fsdp2"), ("float64", "hsdp2x2"), ("float32", "single")]
 
 
@@ -248,7 +250,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str],
             cfg = small_config(text, layout, precision)
             cfg.train.loss_impl, cfg.train.z_loss = impl, 1e-3
             cfg.model.tie_embeddings = layout != "ddp2"
-            cfg.train.steps = 10
+            cfg.train.steps = STEPS[precision]
             attempts[precision, layout, impl] = start_run(root, f"{precision}-{layout}-{impl}", cfg)
     run_gang([(attempt, LAYOUTS[layout][1]) for (_, layout, _), attempt in attempts.items()])
     return attempts
@@ -258,10 +260,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str],
 @pytest.mark.parametrize(("precision", "layout"), CASES)
 def test_training_in_chunks_is_training_step_by_step(runs: dict[tuple[str, str, str], Attempt], precision: str, layout: str) -> None:
     plain, chunked = (rows(runs[precision, layout, impl]) for impl in ("plain", "chunked"))
-    assert len(plain) == len(chunked) == 10
+    assert len(plain) == len(chunked) == STEPS[precision]
     differences = [abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(plain, chunked, strict=True)]
     print(f"{precision} {layout}: largest relative difference {max(differences):.1e}, of the first step {differences[0]:.1e}")
     # In float32 rounding differs, and AdamW makes more of that with every step; as between layouts (test_training.py).
     assert differences[0] <= {"float64": 1e-12, "float32": 1e-6}[precision]
     assert max(differences) <= {"float64": 1e-12, "float32": 1e-5}[precision]
-    assert plain[-1]["loss"] < plain[0]["loss"] - 0.5
+    assert plain[-1]["loss"] < plain[0]["loss"] - 0.05 * len(plain)

@@ -234,8 +234,13 @@ def test_70b_is_refused_on_24_gb_with_what_it_needs() -> None:
             "precision=bf16",
         ),
         (config("llama3_8b"), CPU, "model="),
+        (
+            config("llama3_8b", parallel={"strategy": "single", "activation_checkpoint": "full"}, train={"micro_batch_size": 1}),
+            cuda(1, 80),
+            "optim=adamw_fused",
+        ),
     ],
-    ids=["smaller_batch", "recompute", "shard", "half_precision", "smaller_model"],
+    ids=["smaller_batch", "recompute", "shard", "half_precision", "smaller_model", "narrow_states"],
 )
 def test_every_override_in_a_refusal_makes_it_fit(cfg: Config, hardware: Hardware, expected: str) -> None:
     plan = make_plan(cfg, 4096, hardware, vocab_exact=True)

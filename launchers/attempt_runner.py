@@ -108,6 +108,10 @@ class AttemptRunner(ABC):
     def _after(self, *, goes_on: bool) -> None:
         """Acts on the verdict: `goes_on` when another attempt makes sense."""
 
+    def _rest(self, timeout_s: float) -> None:
+        """Waits until something may have happened, at most `timeout_s`."""
+        self._inbox.wait(timeout_s)
+
     def _stop(self) -> Stop | None:
         """Returns why the ranks are to save and stop, None while they are not."""
         return Stop("TERM", self._inbox.why) if self._inbox.stop is not None else None
@@ -118,7 +122,10 @@ class AttemptRunner(ABC):
         checkpoint = attempts.newest_checkpoint_step(attempt.run)
         attempt.record_launch_event("start", **self._place(), deadline=self._deadline, checkpoint=checkpoint)
         try:
-            end = self._run_stages()
+            try:
+                end = self._run_stages()
+            except OSError as error:
+                end = End("failed-transient", ExitCode.FAILED, f"the launcher could not go on: {error}")
             code = self._conclude(end)
             self._finish_tracker()
             return code
@@ -179,7 +186,7 @@ class AttemptRunner(ABC):
                     # What runs may need a moment to end what hangs; nothing more is waited for.
                     limit = now
             self._pulse.beat()
-            self._inbox.wait(min(1.0, max(0.0, limit - now)))
+            self._rest(min(1.0, max(0.0, limit - now)))
         return self._ended(stage, code, told)
 
     def _reason_to_end(self, stage: str) -> End | None:

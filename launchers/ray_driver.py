@@ -58,9 +58,11 @@ class RayAttempt(AttemptRunner):
 
     def _poll(self) -> int | None:
         self._gang.refresh(_ANSWER_S)
-        for member in self._gang.lost:
-            self._blame(member.name, member.lost or "")
-        return self._gang.result()
+        code = self._gang.result()
+        if code is not None:
+            for member in self._gang.lost:
+                self._blame(member.name, member.lost or "")
+        return code
 
     def _rest(self, timeout_s: float) -> None:
         self._inbox.wait(min(_ANSWER_S, timeout_s))
@@ -72,7 +74,7 @@ class RayAttempt(AttemptRunner):
             return
         rank = next(index for index, member in enumerate(self._gang.members) if member.name == node) * self._spec["gang"]["tasks_per_node"]
         self._attempt.record_launch_event("node-lost", node=node, how=how)
-        message = f"node {node} was lost, or Ray's process on it: {how}"
+        message = f"node {node} was lost: {how}"
         hint = "ray status shows the nodes that are left; launcher.elastic.min_nodes lets a run go on with fewer"
         if known is None:
             self._record_error("train", rank, node, message, hint)

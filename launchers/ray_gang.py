@@ -38,6 +38,10 @@ class Member:
         name: for people: host, and the node's number where a host has several.
         address: IP address of the node.
         node_id: Ray's name for it.
+        asked: the poll that is under way.
+        exits, running, told: its last answer.
+        unreachable_since: when it was first found so, by time.monotonic(); None while it answers.
+        lost: why it counts as gone.
     """
 
     agent: Any
@@ -45,10 +49,10 @@ class Member:
     address: str
     node_id: str
     asked: Any = None
-    asked_at: float = 0.0
     exits: list[Exit] = field(default_factory=list)
     running: int = 0
     told: bool = False
+    unreachable_since: float | None = None
     lost: str | None = None
 
 
@@ -85,10 +89,9 @@ class Gang:
 
     def refresh(self, timeout_s: float) -> None:
         """Asks every node how its processes are; waits at most `timeout_s` for the answers."""
-        now = time.monotonic()
         for member in self._active:
             if member.asked is None and member.lost is None:
-                member.asked, member.asked_at = member.agent.poll.remote(), now
+                member.asked = member.agent.poll.remote()
         asked = [member.asked for member in self._active if member.asked is not None]
         if asked:
             ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
@@ -97,20 +100,29 @@ class Gang:
                 self._take_answer(member)
 
     def _take_answer(self, member: Member) -> None:
-        if not ray.wait([member.asked], timeout=0)[0]:
-            if time.monotonic() - member.asked_at > _SILENT_S:
-                member.lost = f"did not answer for {_SILENT_S:.0f} s"
-            return
         try:
-            member.exits, member.running, member.told = ray.get(member.asked)
+            member.exits, member.running, member.told = ray.get(member.asked, timeout=0)
+            member.unreachable_since = None
+        except ray.exceptions.GetTimeoutError:
+            self._doubt(member)
+            return
+        except ray.exceptions.ActorUnavailableError:
+            # A connection that broke; Ray itself cannot tell yet whether the node is gone.
+            self._doubt(member)
         except ray.exceptions.RayError as error:
-            member.lost = _first_line(error)
+            member.lost = f"the process of Ray that held its ranks is gone ({_first_line(error)})"
         member.asked = None
+
+    def _doubt(self, member: Member) -> None:
+        now = time.monotonic()
+        member.unreachable_since = member.unreachable_since or now
+        if now - member.unreachable_since > _SILENT_S:
+            member.lost = f"it did not answer for {_SILENT_S:.0f} s"
 
     @property
     def lost(self) -> list[Member]:
         """Nodes that are gone."""
-        return [member for member in self._active if member.lost is not None]
+        return [member for member in self.members if member.lost is not None]
 
     @property
     def told(self) -> Member | None:
@@ -125,6 +137,10 @@ class Gang:
             others = any(member.running for member in self._active if member.lost is None)
             if others and time.monotonic() - self._failed_at < _PEER_GRACE_S:
                 return None
+            for member in self._active:
+                # Ranks elsewhere failed, and nothing is heard from here: this is why.
+                if member.unreachable_since is not None and member.lost is None:
+                    member.lost = "it does not answer"
             self.end()
             return failed[0] if failed else int(ExitCode.FAILED)
         if any(member.running for member in self._active):

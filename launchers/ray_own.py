@@ -1,6 +1,6 @@
 """A Ray cluster of our own on this machine: started by the first job that wants one, ended some time after the last.
 
-Token authentication, the token in a file only its owner can read, everything on the loopback address. A keeper
+Token authentication, the token in a file only its owner can read, the dashboard on the loopback address. A keeper
 process (`python -m factory_train.launchers.ray_own FOLDER`) holds it, so that commands come and go.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,13 +98,16 @@ def ensure() -> OwnCluster:
                 cwd=home,
                 start_new_session=True,
             )
-        limit = time.monotonic() + START_S
-        while time.monotonic() < limit and keeper.poll() is None:
-            if (found := find()) is not None:
+        limit, found = time.monotonic() + START_S, None
+        try:
+            while found is None and time.monotonic() < limit and keeper.poll() is None:
+                time.sleep(_POLL_S)
+                found = find()
+            if found is not None:
                 return found
-            time.sleep(_POLL_S)
-        with contextlib.suppress(ProcessLookupError):
-            keeper.terminate()
+        finally:
+            if found is None:
+                keeper.terminate()
     raise UnavailableError(
         "the Ray cluster of our own did not come up",
         where=str(home),
@@ -112,11 +116,20 @@ def ensure() -> OwnCluster:
 
 
 def start_command(home: Path, port: int) -> list[str]:
-    """Returns what starts the head node, in the foreground."""
+    """Returns what starts the head node, in the foreground.
+
+    Ray opens its own folder to everybody, so it lies below one that is not.
+    """
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--node-ip-address=127.0.0.1", "--port=0", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"),
-        *(f"--temp-dir={home}", f"--num-cpus={num_cores()}", f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"),
+        *(
+            "--port=0",
+            f"--ray-client-server-port={_free_port()}",
+            "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={port}",
+        ),
+        *(f"--temp-dir={home}/ray", f"--num-cpus={num_cores()}", f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"),
         *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
     ]
 
@@ -161,6 +174,8 @@ class Keeper:
     def run(self) -> int:
         """Starts the cluster and returns when it has ended; nothing of it is left then."""
         port = int(self._address.rpartition(":")[2])
+        # Logs of the cluster before this one.
+        shutil.rmtree(self._home / "ray", ignore_errors=True)
         head = subprocess.Popen(
             start_command(self._home, port),
             env=_environ(self._home),
@@ -183,8 +198,10 @@ class Keeper:
             _end(head)
 
     def _connect(self) -> RayApi | None:
+        """Returns the cluster once it takes jobs: its dashboard is up before its node is."""
         try:
-            return RayApi.connect(self._address, str(self._home / "token"))
+            api = RayApi.connect(self._address, str(self._home / "token"))
+            return api if api.nodes() else None
         except FactoryTrainError:
             return None
 

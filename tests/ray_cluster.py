@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,4 +117,3 @@ def nothing_is_left(run: RunDir) -> None:
     """Waits until no process of a run is there any more."""
     modules = ("factory_train.worker", "factory_train.launchers.ray_driver", "factory_train.launchers.ray_entry")
     until(lambda: not any(processes(run, module) for module in modules), 30.0, lambda: f"for the processes of {run.name}")
-    time.sleep(0)

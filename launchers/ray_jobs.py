@@ -20,7 +20,7 @@ from typing import Any
 import factory_train
 from factory_train import storage, switches
 from factory_train.config import LauncherConfig
-from factory_train.errors import ConfigError, ExitCode, PreflightError
+from factory_train.errors import ConfigError, ExitCode, PreflightError, UnavailableError
 from factory_train.launchers import ray_api, ray_own, ray_room
 from factory_train.launchers.job import STAGES, Gang, JobSpec
 from factory_train.launchers.ray_api import RayApi
@@ -29,6 +29,8 @@ from factory_train.run_dir import Attempt, RunDir
 
 _POLL_S = 1.0
 _FRESH_S = 1.0
+# A dashboard that does not answer for a while has not lost its jobs.
+_PATIENCE_S = 60.0
 SPEC_NAME = "ray.json"
 # Written by the job while it waits for room: {"state": "waiting" | "placed", "what": ..., "fix": ...}.
 PLACEMENT_NAME = "placement.json"
@@ -88,10 +90,14 @@ class RayHandle:
         """Returns the job while it runs or waits; None when it has ended. Asks at most once a second.
 
         Raises:
-            UnavailableError: the cluster does not answer.
+            UnavailableError: the cluster does not answer, for a minute where it has answered before.
         """
         if self._seen is None or time.monotonic() - self._seen[0] > _FRESH_S:
-            self._seen = time.monotonic(), self._look()
+            try:
+                self._seen = time.monotonic(), self._look()
+            except UnavailableError:
+                if self._seen is None or time.monotonic() - self._seen[0] > _PATIENCE_S:
+                    raise
         return self._seen[1]
 
     def _look(self) -> RayJob | None:

@@ -95,7 +95,9 @@ def main() -> int:
         if not goes_on(attempt, inbox):
             break
         verdict = attempt.verdict()
-        attempt.record_launch_event("restart", after=verdict.outcome if verdict else "?")
+        saved = max(0, attempts.newest_checkpoint_step(run))
+        lost = max(0, (verdict.step if verdict and verdict.step else 0) - saved)
+        attempt.record_launch_event("restart", after=verdict.outcome if verdict else "?", checkpoint=saved, steps_to_repeat=lost)
         print(f"{run.name}: attempt {attempt.number}: {verdict.reason if verdict else signal_name(-code)}; another follows", flush=True)
         limit = time.monotonic() + _PAUSE_S
         while inbox.stop is None and time.monotonic() < limit:

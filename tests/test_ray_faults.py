@@ -74,8 +74,12 @@ def test_what_is_killed_is_replaced_and_the_curve_is_bit_identical(
     assert outcomes == ["failed-transient", "done"]
     assert losses(run) == losses(undisturbed)
     assert resumed_at(run, 2) >= (40 if when == "mid_step" else 46)
-    kinds = [event["event"] for event in run.attempts()[0].events()]
-    assert {"start", "restart"} <= set(kinds)
+    told = {event["event"]: event for event in run.attempts()[0].events()}
+    first = run.attempts()[0].verdict()
+    assert first is not None
+    assert first.step is not None
+    assert told["restart"]["steps_to_repeat"] == first.step - resumed_at(run, 2)
+    assert told["start"]["node_ids"]
     nothing_is_left(run)
 
 

@@ -67,7 +67,8 @@ class Cluster:
         self.ray.shutdown()
 
     def add_node(self) -> None:
-        self.nodes.append(self.ray.add_node(num_cpus=self._cpus, object_store_memory=_STORE_BYTES))
+        # Cards only Ray believes in: it hands them out and names them to what runs there.
+        self.nodes.append(self.ray.add_node(num_cpus=self._cpus, num_gpus=self._cpus, object_store_memory=_STORE_BYTES))
 
     def kill_node(self, node_id: str) -> None:
         """Ends a node as a machine ends that loses its power: nothing of it says goodbye."""
@@ -107,6 +108,10 @@ def processes(run: RunDir, module: str) -> list[int]:
         if arguments[1:3] == ["-m", module] and (str(run.path) in arguments or f"FACTORY_TRAIN_RUN_DIR={run.path}\0" in environ):
             found.append(int(folder.name))
     return found
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)
 
 
 def kill(pid: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import command
 import pytest
-from ray_cluster import GANG, Cluster, nothing_is_left, start_event, submit
+from ray_cluster import GANG, Cluster, environ_of, nothing_is_left, processes, start_event, submit
 from slurm_cluster import QUICK, ended, losses, reached, resumed_at, text_file, until
 
 from factory_train.run_dir import RunDir
@@ -75,7 +75,7 @@ def test_what_can_never_be_placed_is_refused_with_what_would_fit(cluster: Cluste
 def test_a_second_job_waits_and_says_so_and_stop_and_resume_work_from_a_new_shell(
     cluster: Cluster, undisturbed: RunDir, folder: Path
 ) -> None:
-    first = submit(folder, "first", STEPS)
+    first = submit(folder, "first", STEPS, "launcher.gpus_per_node=2", "hardware=cpu")
     until(lambda: any(event["event"] == "start" for event in first.attempts()[0].events()))
     second = submit(folder, "second", STEPS)
     until(lambda: "it waits for other jobs" in command.run("status", second.name, cwd=folder).stdout, 30.0)
@@ -84,6 +84,9 @@ def test_a_second_job_waits_and_says_so_and_stop_and_resume_work_from_a_new_shel
     stopped = command.run("stop", second.name, cwd=folder)
     assert "interrupted: stopped while it waited for room" in stopped.stdout, stopped.stdout + stopped.stderr
     reached(first, 5)
+    ranks = [environ_of(pid) for pid in processes(first, "factory_train.worker")]
+    places = sorted((rank["FACTORY_TRAIN_RANK"], rank["FACTORY_TRAIN_LOCAL_RANK"], rank["CUDA_VISIBLE_DEVICES"]) for rank in ranks)
+    assert places == [("0", "0", "0,1"), ("1", "1", "0,1"), ("2", "0", "0,1"), ("3", "1", "0,1")]
     stopped = command.run("stop", first.name, cwd=folder)
     assert "interrupted" in stopped.stdout, stopped.stdout + stopped.stderr
     verdict = first.attempts()[0].verdict()

@@ -168,6 +168,22 @@ def test_two_jobs_at_once_do_not_interfere(cluster: Cluster, undisturbed: RunDir
     assert not set(start_event(runs[0], 1)["node_ids"]) & set(start_event(runs[1], 1)["node_ids"])
 
 
+def test_the_points_of_a_sweep_share_the_cluster(cluster: Cluster, folder: Path) -> None:
+    words = ("recipe=llama_fsdp", "launcher=ray", "launcher.tasks_per_node=2", "launcher.sweep_parallel=2", "sweep=shared")
+    done = command.run(*words, "-m", "optim.lr=1e-3,3e-3,1e-2", f"data.path={text_file(folder)}", *QUICK, "train.steps=30", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [RunDir.open(folder / "runs" / f"llama_fsdp-shared-{number}") for number in (1, 2, 3)]
+    spans = []
+    for run in runs:
+        verdict = run.attempts()[0].verdict()
+        assert verdict is not None
+        assert verdict.outcome == "done"
+        spans.append((start_event(run, 1)["time"], verdict.time))
+    for begin, _ in spans:
+        assert sum(first <= begin < last for first, last in spans) <= 2
+    assert (folder / "runs" / "sweep-llama_fsdp-shared" / "table.csv").exists()
+
+
 def test_stop_now_ends_it_without_saving(cluster: Cluster, folder: Path) -> None:
     run = submit(folder, "now", STEPS)
     reached(run, 30)

@@ -170,16 +170,28 @@ class CheckpointConfig:
 
 
 @dataclass
+class ElasticConfig:
+    """Going on with fewer nodes than a run was started with; Ray only."""
+
+    min_nodes: Optional[int] = setting(None, "Ray: after a loss go on with as few nodes as this; null waits for all", safe=True)
+    wait_s: float = setting(30.0, "Ray: seconds to wait for all of launcher.nodes before fewer are taken", safe=True)
+
+
+@dataclass
 class LauncherConfig:
     """Where the ranks run."""
 
-    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "slurm"), safe=True)
+    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "slurm", "ray"), safe=True)
+    address: Optional[str] = setting(
+        None, "Ray: dashboard of the cluster (http://HOST:8265), or local for one of our own; null is $RAY_ADDRESS", safe=True
+    )
+    elastic: ElasticConfig = setting(ElasticConfig, "elastic")
     nodes: int = setting(1, "number of machines", safe=True)
     tasks_per_node: Optional[int] = setting(None, "ranks a machine; null is one a GPU, or 2 without GPUs", safe=True)
     sweep_parallel: int = setting(1, "runs of a sweep that go on at once", safe=True)
     grace_s: float = setting(120.0, "seconds the ranks have to save after a stop signal before they are ended", safe=True)
-    hang_s: float = setting(120.0, "Slurm: a rank silent for so long, while another is not, has stopped; 0 never", safe=True)
-    stall_s: float = setting(1800.0, "Slurm: training that makes no step for so long has stopped; 0 never", safe=True)
+    hang_s: float = setting(120.0, "Slurm, Ray: a rank silent for so long, while another is not, has stopped; 0 never", safe=True)
+    stall_s: float = setting(1800.0, "Slurm, Ray: training that makes no step for so long has stopped; 0 never", safe=True)
     fabric: str = setting("auto", "network settings of NCCL and gloo", choices=("auto", "ib", "roce", "efa", "tcp", "loopback"), safe=True)
     interface: Optional[str] = setting(None, "network interface ranks talk over (eth0); null leaves it to them", safe=True)
     account: Optional[str] = setting(None, "Slurm account that is charged", safe=True)
@@ -206,7 +218,7 @@ class LauncherConfig:
     warn_s: int = setting(120, "seconds before the time limit at which Slurm warns the ranks", safe=True)
     requeue: str = setting(
         "requeue",
-        "what goes on after a preemption or a lost node: the job again, one of the chain behind it, or nothing",
+        "what goes on after a preemption or a lost node: the job again, one of the chain behind it (Slurm), or nothing",
         choices=("requeue", "chain", "never"),
         safe=True,
     )

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from factory_train import checks, storage
 from factory_train.checkpoint import origin
-from factory_train.config import Config, unsafe_changes
+from factory_train.config import Config, LauncherConfig, unsafe_changes
 from factory_train.data.catalog import cache_root, known_manifest
 from factory_train.data.manifest import check_length
 from factory_train.data.mixture import check_set_lengths
 from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
 from factory_train.hardware import Hardware, detect, visible_cards
-from factory_train.launchers import slurm_queue, slurm_script
+from factory_train.launchers import ray_jobs, slurm_queue, slurm_script
 from factory_train.launchers.by_name import is_alive, launcher_named
 from factory_train.launchers.job import Gang, JobHandle, JobSpec
 from factory_train.plan import Plan, check_fits, make_plan, resolve_tasks_per_node
@@ -65,7 +65,8 @@ class Request:
         """
         config = self.config
         # Compute nodes never open a database file: a local one is fed by `sync`, where the person is.
-        tracker = config.tracking.backend != "none" and (config.launcher.name == "local" or "://" in (config.tracking.uri or "sqlite"))
+        here = config.launcher.name == "local" or (config.launcher.name == "ray" and config.launcher.address == ray_jobs.OWN)
+        tracker = config.tracking.backend != "none" and (here or "://" in (config.tracking.uri or "sqlite"))
         data = [Path(config.data.path)] if config.data.path else []
         return JobSpec(
             attempt=attempt,
@@ -73,10 +74,17 @@ class Request:
             environ=self.environ,
             grace_s=config.launcher.grace_s,
             tracker=tracker,
-            options=config.launcher,
+            options=self._options(),
             code=code,
             folders=(cache_root(config, self.root), *data),
         )
+
+    def _options(self) -> LauncherConfig:
+        """Returns the launcher's section; a Ray node must set the cards aside that the plan counts on."""
+        options = self.config.launcher
+        if options.name == "ray" and self.plan.device == "cuda" and options.gpus_per_node is None:
+            return replace(options, gpus_per_node=self.plan.tasks_per_node)
+        return options
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,8 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
     config, reason = _with_launcher(config)
     hardware = _hardware(config)
     checks.check_world(config, config.launcher.nodes * resolve_tasks_per_node(config, hardware))
+    if config.launcher.elastic.min_nodes is not None:
+        checks.check_world(config, config.launcher.elastic.min_nodes * resolve_tasks_per_node(config, hardware))
     plan = _plan(config, hardware, cache_root(config, root))
     if run is not None:
         check_continues(run, config, force=force)
@@ -254,10 +264,12 @@ def _with_launcher(config: Config) -> tuple[Config, str]:
         raise ConfigError(
             f"{config.launcher.nodes} nodes, and the local launcher has this machine only",
             where="launcher.nodes",
-            fix="launcher.nodes=1, or launcher=slurm on a cluster",
+            fix="launcher.nodes=1, or launcher=slurm or launcher=ray on a cluster",
         )
     if name == "slurm":
         slurm_script.check(config.launcher)
+    if name == "ray":
+        ray_jobs.check(config.launcher)
     wait = name == "local" if config.wait is None else config.wait
     return replace(config, wait=wait, launcher=replace(config.launcher, name=name)), f"{name} ({reason})"
 
@@ -272,7 +284,7 @@ def _choose_launcher(config: Config) -> tuple[str, str]:
             return "slurm", "sbatch is here and a controller answers"
         return "local", "sbatch is here, but no controller answers"
     if "RAY_ADDRESS" in os.environ:
-        return "local", "RAY_ADDRESS is set, but this version has no Ray launcher"
+        return "ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
     return "local", "no Slurm and no Ray found, so everything runs on this machine"
 
 

@@ -184,7 +184,7 @@ def test_index_is_the_same_whoever_makes_it_and_says_how_well_rows_are_filled(
     assert note == prepare_packing(cache, dataset, SEQ_LEN, lines.append)
     index = json.loads((folder / "packing.json").read_text())
     figures = PackingFigures(**index["figures"])
-    assert lines == [f"packing: {figures}"] * 2
+    assert lines == [f"packing: {DataManifest.load(dataset).description}: {figures}"] * 2
     assert note.startswith(str(figures))
     assert index["efficiency"] == pytest.approx(figures.efficiency, abs=1e-6)
     manifest = DataManifest.load(dataset)

@@ -59,7 +59,7 @@ def prepare_packing(cache: Path, dataset: Path, seq_len: int, report: Callable[[
         what = f"the packing of documents cannot be written: {error.strerror or error}"
         raise PreflightError(what, where=str(folder), fix=f"data.cache_dir=FOLDER with {num_bytes / 1e6:.0f} MB to write") from error
     figures = PackingFigures(**index["figures"])
-    report(f"packing: {figures}")
+    report(f"packing: {manifest.description}: {figures}")
     return f"{figures} ({digest(index)})"
 
 

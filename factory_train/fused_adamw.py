@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from factory_train.distributed.box import local_tensor
 from factory_train.distributed.encoded import Coded, Rounded, SplitWeight, Stored
 from factory_train.distributed.flat_weights import held_numel, move_into
+from factory_train.errors import ConfigError
 from factory_train.kernels.adamw import adamw_flat, adamw_tensors
 from factory_train.kernels.block_codes import BLOCK, num_blocks
 from factory_train.kernels.gradient_statistics import CONTROL_SIZE, HYPER_SIZE, MAX_PARTIALS, gradient_squares, prepare_step
@@ -26,6 +27,8 @@ from factory_train.kernels.gradient_statistics import CONTROL_SIZE, HYPER_SIZE, 
 STATE_DTYPES = {"fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16), "int8": (torch.int8, torch.uint8)}
 # Where gradients come in more buffers than this, one launch with a table takes less than one launch each.
 _MAX_SPANS = 64
+# A row of a flat buffer has one byte for its group.
+_MAX_GROUPS = 256
 
 
 @dataclass
@@ -67,6 +70,9 @@ class FusedAdamW(torch.optim.Optimizer):
         owners: FSDP2's records of its shards (`flat_weights.shard_owners`), to move the weights into one buffer.
         flat_gradients: gradients lie in one buffer too and `zero_grad` fills it with zeros: addresses never change, as a CUDA graph
             needs it. It costs an addition where autograd would hand over its own tensor.
+
+    Raises:
+        ConfigError: parameters are not of the type that `master` needs, or there are more than 256 groups.
     """
 
     def __init__(
@@ -92,7 +98,13 @@ class FusedAdamW(torch.optim.Optimizer):
         wanted = torch.bfloat16 if master == "split" else torch.float32
         for parameter, _ in placed:
             if parameter.dtype != wanted:
-                raise ValueError(f"master={master} is for {wanted} parameters, and one is {parameter.dtype}")
+                raise ConfigError(
+                    f"master={master} is for {wanted} parameters, and one is {parameter.dtype}",
+                    where="FusedAdamW",
+                    fix=f"model.to({wanted}), or master={'fp32' if master == 'split' else 'split'}",
+                )
+        if len(self.param_groups) > _MAX_GROUPS:
+            raise ConfigError(f"{len(self.param_groups)} groups, and {_MAX_GROUPS} are the most", where="FusedAdamW", fix="merge groups")
         self._build(placed, state, master == "split", remainders or {})
         self._flat_weight: Tensor | None = None
         self._flat_grad: Tensor | None = None
@@ -101,6 +113,12 @@ class FusedAdamW(torch.optim.Optimizer):
         if flat_gradients and self._flat_weight is not None:
             self._flat_grad = torch.zeros_like(self._flat_weight)
             self._adopt_gradients()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group while the optimizer is built; later there is no place for its states (raises ConfigError)."""
+        if hasattr(self, "_slots"):
+            raise ConfigError("parameters cannot be added to flat buffers", where="FusedAdamW", fix="build it with all parameters")
+        super().add_param_group(param_group)
 
     def _in_buffer_order(self, placed: list[tuple[nn.Parameter, int]]) -> list[tuple[nn.Parameter, int]]:
         """Orders parameters as FSDP2 lays out a unit's gradients, so that those of a unit lie as the weights do."""

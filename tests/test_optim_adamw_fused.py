@@ -12,6 +12,7 @@ from checkpoint_cases import new_run
 from rank_pool import RankPool
 
 from factory_train.distributed.encoded import Coded, Rounded, SplitWeight
+from factory_train.errors import ConfigError
 from factory_train.fused_adamw import FusedAdamW
 from factory_train.kernels import block_codes
 
@@ -230,6 +231,10 @@ def test_flat_gradients_keep_their_addresses_and_give_the_same_steps() -> None:
     assert all(torch.equal(a, b) for a, b in zip(loose, flat, strict=True))
 
 
-def test_parameters_of_the_wrong_type_are_refused() -> None:
-    with pytest.raises(ValueError, match="master=split is for"):
+def test_what_it_cannot_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match="master=split is for"):
         FusedAdamW(model_and_gradients(), master="split")
+    with pytest.raises(ConfigError, match="257 groups"):
+        FusedAdamW([{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(257)])
+    with pytest.raises(ConfigError, match="cannot be added"):
+        FusedAdamW(model_and_gradients()).add_param_group({"params": model_and_gradients()})

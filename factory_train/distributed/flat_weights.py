@@ -1,7 +1,8 @@
 """Moving parameters into one buffer under the feet of those who hold them: of plain parameters, and of FSDP2's shards.
 
-What FSDP2 keeps is private to torch, so all that knows of it is here; the names were read in torch 2.11 and 2.13. Where they are not
-what is expected nothing is moved and the answer is no: whoever asked then takes the parameters where they are.
+What FSDP2 keeps is private to torch, so all that knows of it is here; the names are those of torch 2.13, and of older
+versions that have one group of parameters a module. Where they are not what is expected nothing is moved and the answer is
+no: whoever asked then takes the parameters where they are.
 """
 
 from __future__ import annotations

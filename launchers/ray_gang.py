@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,8 +88,9 @@ class Gang:
             started.append(member.agent.start.remote(stage, shares))
         ray.get(started, timeout=_HELLO_S)
 
-    def refresh(self, timeout_s: float) -> None:
-        """Asks every node how its processes are; waits at most `timeout_s` for the answers."""
+    def refresh(self, timeout_s: float) -> bool:
+        """Asks every node how its processes are, and waits at most `timeout_s` for the answers; returns whether there is news."""
+        before = [(member.exits, member.told, member.lost) for member in self._active]
         for member in self._active:
             if member.asked is None and member.lost is None:
                 member.asked = member.agent.poll.remote()
@@ -98,6 +100,7 @@ class Gang:
         for member in self._active:
             if member.asked is not None:
                 self._take_answer(member)
+        return before != [(member.exits, member.told, member.lost) for member in self._active]
 
     def _take_answer(self, member: Member) -> None:
         try:
@@ -159,11 +162,12 @@ class Gang:
         self._active = []
 
     def close(self) -> None:
-        """Gives everything back."""
-        self.end()
-        for member in self.members:
-            ray.kill(member.agent)
-        remove_placement_group(self._group)
+        """Gives everything back. A cluster that is gone has taken it already."""
+        with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
+            self.end()
+            for member in self.members:
+                ray.kill(member.agent)
+            remove_placement_group(self._group)
 
 
 def _settle(calls: Sequence[Any], timeout_s: float = 15.0) -> None:

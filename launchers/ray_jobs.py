@@ -137,6 +137,10 @@ class RayHandle:
         job = self.queued()
         return job.status if job else "ended"
 
+    def waits_for(self) -> str | None:
+        job = self.queued()
+        return job.why if job and job.state == "WAITING" else None
+
     def logs(self) -> list[Path]:
         newest = self.attempt.run.last_attempt() or self.attempt
         paths = sorted((newest.path / "logs").glob("*.log")) + sorted(newest.launch.glob("*.log"))
@@ -208,10 +212,9 @@ class RayLauncher:
             PolicyError: it wants a token that is not there.
             UnavailableError: it does not answer.
         """
-        check(job.options)
-        spec = self._spec(job)
-        own = ray_own.ensure() if job.options.address == OWN else None
-        address = own.address if own else ray_api.dashboard_address(job.options.address)
+        wanted_address, spec = check(job.options), self._spec(job)
+        own = ray_own.ensure() if wanted_address == OWN else None
+        address = own.address if own else wanted_address
         api = RayApi.connect(address, own.token_path if own else None)
         if job.options.python is None:
             api.check_version()
@@ -236,9 +239,8 @@ class RayLauncher:
         return RayHandle(handle)
 
     def describe(self, job: JobSpec) -> str:
-        check(job.options)
-        need = wanted(job.gangs, job.options)
-        where = "a cluster of our own on this machine" if job.options.address == OWN else ray_api.dashboard_address(job.options.address)
+        address, need = check(job.options), wanted(job.gangs, job.options)
+        where = "a cluster of our own on this machine" if address == OWN else address
         lines = [f"ray: POST {where}/api/jobs/" if "://" in where else f"ray: a job of {where}", "", f"  {self._entrypoint(job, 'ID')}", ""]
         lines += [f"  {name}={value}" for name, value in self._environ(job).items()]
         lines.append(f"  placed     {need}, each node's share whole, on nodes of its own")
@@ -325,11 +327,11 @@ def wanted(gangs: tuple[Gang, ...], options: LauncherConfig) -> Wanted:
     return Wanted(gangs[0].nodes, gangs[0].tasks_per_node, options.cpus_per_task or 1, options.gpus_per_node or 0)
 
 
-def check(options: LauncherConfig) -> None:
-    """Checks what can be wrong about the Ray keys before a cluster is asked.
+def check(options: LauncherConfig) -> str:
+    """Checks what can be wrong about the Ray keys before a cluster is asked; returns the address that is meant, "local" for our own.
 
     Raises:
-        ConfigError: keys that contradict each other, or that only Slurm knows.
+        ConfigError: keys that contradict each other, that only Slurm knows, or no address.
     """
     least = options.elastic.min_nodes
     if least is not None and not 1 <= least <= options.nodes:
@@ -349,6 +351,7 @@ def check(options: LauncherConfig) -> None:
             raise ConfigError(
                 "the Ray launcher does not know it", where=f"launcher.{key}", fix=f"leave launcher.{key} out, or launcher=slurm"
             )
+    return OWN if options.address == OWN else ray_api.dashboard_address(options.address)
 
 
 def check_room(api: RayApi, need: Wanted, options: LauncherConfig) -> None:

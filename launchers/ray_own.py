@@ -111,7 +111,7 @@ def ensure() -> OwnCluster:
     raise UnavailableError(
         "the Ray cluster of our own did not come up",
         where=str(home),
-        fix=f"see {home}/keeper.log; pip install 'ray[default]' has its dashboard",
+        fix=f"see {home}/keeper.log; pip install 'factory_train[ray]' has its dashboard",
     )
 
 

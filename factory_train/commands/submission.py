@@ -268,10 +268,12 @@ def _with_launcher(config: Config) -> tuple[Config, str]:
         )
     if name == "slurm":
         slurm_script.check(config.launcher)
+    launcher = replace(config.launcher, name=name)
     if name == "ray":
-        ray_jobs.check(config.launcher)
+        # Resolved, so that `resume` in a shell of another environment finds the cluster.
+        launcher = replace(launcher, address=ray_jobs.check(launcher))
     wait = name == "local" if config.wait is None else config.wait
-    return replace(config, wait=wait, launcher=replace(config.launcher, name=name)), f"{name} ({reason})"
+    return replace(config, wait=wait, launcher=launcher), f"{name} ({reason})"
 
 
 def _choose_launcher(config: Config) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factory_train.kernels.addresses import BOOK
+from factory_train.kernels.addresses import BOOK, by_alignment
 from factory_train.kernels.block_codes import BLOCK, decode_root, decode_signed, encode_root, encode_signed, exact_sqrt, in_blocks
 from factory_train.kernels.launch_table import launch_parameters
 from factory_train.kernels.split_float import join_float32, split_float32
@@ -123,7 +123,7 @@ if HAS_TRITON:
             scale_sq + row,
             control + group * 8,
             row_inside,
-            row_inside[:, None] & (at >= 0),
+            tl.broadcast_to(row_inside[:, None], (ROWS, 256)),
             SPLIT,
             CODES,
         )
@@ -150,7 +150,8 @@ if HAS_TRITON:
             return
         tile = tl.program_id(0)
         tensor = tl.load(tile_tensor + tile)
-        first = tl.load(tile_first + tile)
+        # Of what comes from memory Triton knows nothing, and without these hints it loads one element at a time.
+        first = tl.multiple_of(tl.load(tile_first + tile), 256)
         size = tl.load(sizes + tensor)
         column = addresses + tensor
         weight = tl.load(column).to(tl.pointer_type(tl.int16 if SPLIT else tl.float32))
@@ -166,6 +167,7 @@ if HAS_TRITON:
         scale_sq = tl.load(column + 5 * num_tensors).to(tl.pointer_type(tl.float32))
         remainder = tl.load(column + 6 * num_tensors).to(tl.pointer_type(tl.int16))
         if ALIGNED:
+            size = tl.multiple_of(size, 16)
             weight = tl.multiple_of(weight, 16)
             grad = tl.multiple_of(grad, 16)
             exp_avg = tl.multiple_of(exp_avg, 16)
@@ -348,25 +350,26 @@ def reference_adamw_tensors(weights, remainders, grads, exp_avgs, exp_avg_sqs, s
 
 
 def launch_adamw_tensors(weights, remainders, grads, exp_avgs, exp_avg_sqs, scales, scales_sq, groups, control, flag) -> None:
-    """Launches the Triton kernel; arguments as of `adamw_tensors`."""
+    """Launches the Triton kernel, once more for tensors that do not allow loads of 16 bytes; arguments as of `adamw_tensors`."""
     assert all(tensor.is_contiguous() for tensors in (weights, grads, exp_avgs, exp_avg_sqs) for tensor in tensors)
-    parameters = _parameters(exp_avgs[0])
-    tiles = BOOK.tiles([weight.numel() for weight in weights], parameters["ROWS"] * BLOCK, weights[0].device)
+    parameters, sizes = _parameters(exp_avgs[0]), [weight.numel() for weight in weights]
     addresses = BOOK.addresses(weights, grads, exp_avgs, exp_avg_sqs, scales or weights, scales_sq or weights, remainders or weights)
-    if tiles.count:
-        adamw_tensors_pass[(tiles.count,)](
-            addresses.table,
-            len(weights),
-            tiles.tensor,
-            tiles.first,
-            tiles.numel,
-            groups,
-            control,
-            flag,
-            SPLIT=bool(remainders),
-            CODES=bool(scales),
-            NARROW_STATE=exp_avgs[0].dtype == torch.bfloat16,
-            NARROW_GRAD=grads[0].dtype == torch.bfloat16,
-            ALIGNED=addresses.aligned,
-            **parameters,
-        )
+    for aligned, chosen in by_alignment(weights, grads, exp_avgs, exp_avg_sqs, remainders or weights):
+        tiles = BOOK.tiles(sizes, chosen, parameters["ROWS"] * BLOCK, weights[0].device)
+        if tiles.count:
+            adamw_tensors_pass[(tiles.count,)](
+                addresses,
+                len(weights),
+                tiles.tensor,
+                tiles.first,
+                tiles.numel,
+                groups,
+                control,
+                flag,
+                SPLIT=bool(remainders),
+                CODES=bool(scales),
+                NARROW_STATE=exp_avgs[0].dtype == torch.bfloat16,
+                NARROW_GRAD=grads[0].dtype == torch.bfloat16,
+                ALIGNED=aligned,
+                **parameters,
+            )

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from factory_train.kernels.addresses import BOOK
+from factory_train.kernels.addresses import BOOK, by_alignment
 from factory_train.kernels.launch_table import launch_parameters
 
 # Columns of `hyper`, float64, one row a group of parameters. MAX_NORM 0 turns clipping off.
@@ -63,10 +63,12 @@ if HAS_TRITON:
             tile = i * programs + program
             real = tile < num_tiles
             tensor = tl.load(tile_tensor + tile, mask=real, other=0)
-            first = tl.load(tile_first + tile, mask=real, other=0)
+            # Of what comes from memory Triton knows nothing, and without these hints it loads one element at a time.
+            first = tl.multiple_of(tl.load(tile_first + tile, mask=real, other=0), BLOCK)
             size = tl.load(sizes + tensor, mask=real, other=0)
             grad = tl.load(addresses + tensor).to(tl.pointer_type(tl.bfloat16 if NARROW else tl.float32))
             if ALIGNED:
+                size = tl.multiple_of(size, 16)
                 grad = tl.multiple_of(grad, 16)
             at = first + tl.arange(0, BLOCK)
             g = tl.load(grad + at, mask=at < size, other=0.0).to(tl.float32)
@@ -140,7 +142,7 @@ def reference_squares(partials: Tensor, grads: Sequence[Tensor]) -> None:
 
 
 def launch_squares(partials: Tensor, grads: Sequence[Tensor]) -> None:
-    """Launches the Triton kernel; arguments as of `gradient_squares`."""
+    """Launches the Triton kernel, once more for gradients that do not allow loads of 16 bytes; arguments as of `gradient_squares`."""
     grads = [grad for grad in grads if grad.numel()]
     if not grads:
         partials.zero_()
@@ -153,20 +155,27 @@ def launch_squares(partials: Tensor, grads: Sequence[Tensor]) -> None:
         n = grads[0].numel()
         squares_of_buffer[(programs,)](grads[0], partials, n, triton.cdiv(n, block * programs), **parameters)
         return
-    tiles = BOOK.tiles([grad.numel() for grad in grads], block, device)
-    addresses = BOOK.addresses(grads)
-    squares_of_tensors[(programs,)](
-        addresses.table,
-        tiles.tensor,
-        tiles.first,
-        tiles.numel,
-        partials,
-        tiles.count,
-        triton.cdiv(tiles.count, programs),
-        NARROW=grads[0].dtype == torch.bfloat16,
-        ALIGNED=addresses.aligned,
-        **parameters,
-    )
+    sizes, addresses = [grad.numel() for grad in grads], BOOK.addresses(grads)
+    parts = by_alignment(grads) if programs > 1 else [(False, list(range(len(grads))))]
+    # Programs go to the parts by their bytes, one at least.
+    first, weights = 0, [sum(sizes[index] for index in chosen) for _, chosen in parts]
+    for place, (aligned, chosen) in enumerate(parts):
+        last = place == len(parts) - 1
+        count = programs - first if last else min(max(1, programs * weights[place] // sum(weights)), programs - 1)
+        tiles = BOOK.tiles(sizes, chosen, block, device)
+        squares_of_tensors[(count,)](
+            addresses,
+            tiles.tensor,
+            tiles.first,
+            tiles.numel,
+            partials[first : first + count],
+            tiles.count,
+            triton.cdiv(tiles.count, count),
+            NARROW=grads[0].dtype == torch.bfloat16,
+            ALIGNED=aligned,
+            **parameters,
+        )
+        first += count
 
 
 @torch.library.custom_op("factory_train::prepare_step", mutates_args=("control", "step", "norm", "flag"))

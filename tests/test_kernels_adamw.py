@@ -424,7 +424,8 @@ assert "triton" not in sys.modules or not hasattr(loss, "triton")
     assert done.returncode == 0, done.stderr
 
 
-def test_the_kernels_compile_for_sm90() -> None:
+def test_the_kernels_compile_for_sm90_with_accesses_of_sixteen_bytes() -> None:
+    """Where addresses and sizes allow it; otherwise they compile as well. Narrow accesses are those of tables and of one number a row."""
     module, statistics = "factory_train.kernels.adamw", "factory_train.kernels.gradient_statistics"
     kernels = []
     tables = {"tile_tensor": "*i32", "tile_first": "*i64", "sizes": "*i64"}
@@ -439,18 +440,25 @@ def test_the_kernels_compile_for_sm90() -> None:
         }
         constants = {"SPLIT": split, "CODES": codes, "ROWS": 16 if codes else 8}
         options = {"num_warps": 8 if codes else 4, "enable_fp_fusion": False}
-        kernels.append((module, "adamw_buffer", flat, constants, options))
+        kernels.append((module, "adamw_buffer", flat, constants, options, [name for name in flat if name != "num_rows"]))
         table = {"addresses": "*i64", "num_tensors": "i32", **tables, "groups": "*i32", "control": "*fp32", "flag": "*i32"}
-        constants = constants | {"NARROW_STATE": state == "bfloat16", "NARROW_GRAD": split, "ALIGNED": True}
-        kernels.append((module, "adamw_tensors_pass", table, constants, options))
+        constants = constants | {"NARROW_STATE": state == "bfloat16", "NARROW_GRAD": split}
+        pointers = [name for name in table if name != "num_tensors"]
+        kernels.append((module, "adamw_tensors_pass", table, constants | {"ALIGNED": True}, options, pointers))
     squares = {"grad": "*bf16", "partials": "*fp64", "n": "i64"}
-    kernels.append((statistics, "squares_of_buffer", squares, {"ITERATIONS": 7, "BLOCK": 8192}, {"num_warps": 8}))
+    kernels.append((statistics, "squares_of_buffer", squares, {"ITERATIONS": 7, "BLOCK": 8192}, {"num_warps": 8}, list(squares)))
     squares = {"addresses": "*i64", **tables, "partials": "*fp64", "num_tiles": "i32"}
-    constants = {"ITERATIONS": 7, "BLOCK": 4096, "NARROW": False, "ALIGNED": False}
+    constants = {"ITERATIONS": 7, "BLOCK": 4096, "NARROW": False, "ALIGNED": True}
     kernels.append((statistics, "squares_of_tensors", squares, constants, {"num_warps": 8}))
+    for accesses, (_, name, *_) in zip(compile_for_sm90(*kernels), kernels, strict=True):
+        print(name, accesses)
+        narrow = sum(count for kind, count in accesses.items() if kind.startswith("st") and ".v4" not in kind)
+        assert accesses["ld.global.v4.b32"] >= 4
+        # Scales, or a partial sum; every other store is of 16 bytes.
+        assert narrow <= 2
     prepare = {
         **{"partials": "*fp64", "num_partials": "i32", "skip": "*fp32", "hyper": "*fp64", "control": "*fp32"},
         **{"step": "*i64", "norm": "*fp64", "flag": "*i32", "num_groups": "i32"},
     }
-    kernels.append((statistics, "prepare_pass", prepare, {"PARTIALS": 1024, "GROUPS": 2}, {"num_warps": 4}))
-    compile_for_sm90(*kernels)
+    unaligned = [(*kernel[:3], kernel[3] | {"ALIGNED": False}, kernel[4]) for kernel in kernels if "ALIGNED" in kernel[3]]
+    compile_for_sm90(*unaligned[-2:], (statistics, "prepare_pass", prepare, {"PARTIALS": 1024, "GROUPS": 2}, {"num_warps": 4}))

@@ -200,15 +200,22 @@ def test_it_compiles_as_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled(x, weight), (x, weight)), torch.autograd.grad(step(x, weight), (x, weight)))
 
 
-def test_the_kernel_compiles_for_sm90() -> None:
+def test_the_kernel_compiles_for_sm90_with_accesses_of_sixteen_bytes() -> None:
     signature = {"targets": "*i64", "losses": "*fp32", "ignore_index": "i32"}
     constants = {"V": 128256, "Z_LOSS": 1e-4, "WITH_GRADIENT": True, "BLOCK": 8192}
-    compile_for_sm90(
+    found = compile_for_sm90(
         *(
-            ("factory_train.kernels.loss", "cross_entropy_rows", signature | {"logits": f"*{dtype}"}, constants, {"num_warps": 16})
+            (
+                *("factory_train.kernels.loss", "cross_entropy_rows", signature | {"logits": f"*{dtype}"}),
+                *(constants, {"num_warps": 16}, ["logits", "targets", "losses"]),
+            )
             for dtype in ("bf16", "fp32")
         )
     )
+    for accesses in found:
+        # One target, one score and one loss a row are all that is narrow.
+        assert sum(count for kind, count in accesses.items() if ".v4" not in kind) == 3
+        assert accesses["st.global.v4.b32"] >= 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -144,6 +145,23 @@ def test_codes_are_near_and_no_second_moment_becomes_zero() -> None:
     assert ((again - roots).abs() / largest <= (roots / largest).sqrt() / 255 + 1 / 255**2).all()
     assert (again >= largest / 65100).all()
     assert not block_codes.encode_root(torch.zeros(3, 256))[0].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 9), cuts=st.lists(st.integers(1, 8), max_size=3), exponent=st.integers(-15, 15), seed=st.integers(0, 99))
+def test_shards_of_whole_blocks_are_coded_as_the_whole_and_a_second_time_as_the_first(
+    rows: int, cuts: list[int], exponent: int, seed: int
+) -> None:
+    values = noise(256 * rows, seed).view(rows, 256) * 10.0**exponent
+    edges = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
+    for encode, decode, x in (
+        (block_codes.encode_signed, block_codes.decode_signed, values),
+        (block_codes.encode_root, block_codes.decode_root, values.abs()),
+    ):
+        whole = decode(*encode(x))
+        assert torch.equal(whole, torch.cat([decode(*encode(x[a:b])) for a, b in itertools.pairwise(edges)]))
+        again = whole if decode is block_codes.decode_signed else block_codes.exact_sqrt(whole)
+        assert torch.equal(decode(*encode(again)), whole)
 
 
 # Statistics

@@ -87,12 +87,16 @@ def shown_value(value: Any) -> str:
     """Returns a value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{shown_value(item)}" for name, item in value.items()) + "}"
+    return f"[{','.join(map(shown_value, value))}]" if isinstance(value, list) else str(value)
 
 
 def value_key(value: Any) -> Any:
     """Returns a value as something that can be compared and hashed."""
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(value_key(item) for item in value)
+    return tuple((name, value_key(item)) for name, item in sorted(value.items())) if isinstance(value, dict) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -33,9 +33,10 @@ def test_a_lost_islands_lease_is_dealt_again_from_its_start() -> None:
     deal = Deal.opening(4, ["a", "b", "c"])
     after = deal.next(6, ["a", "b"], lost=["c"], brought_in=4)
     assert after.again == (5,)
-    assert after.shares == {"a": Share(8, 3), "b": Share(8, 4)}
+    assert after.shares == {"a": Share(8, (0, 3)), "b": Share(8, (1, 4))}
     assert after.lease_at("a", 7) == (3, 3)
     assert after.lease_at("a", 8) == (5, 0)
+    assert after.lease_at("b", 3) == (1, 3), "an island that is a lease behind goes on with what it had"
     assert after.lease_at("b", 8) == (6, 0)
 
 

@@ -73,6 +73,14 @@ def test_what_is_under_way_follows_from_the_step(schedule: Schedule, data: st.Da
     assert schedule.under_way(at) == tuple(under_way)
 
 
+@given(schedules(), st.data())
+def test_what_is_completed_and_when_it_was_sent_follow_from_numbers(schedule: Schedule, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, schedule.steps - 1))
+    applied = [item for what, step, item in walk(schedule) if what == "apply" and step <= at]
+    assert schedule.completed_at(at) == (applied[-1].number if applied else -1)
+    assert all(schedule.sent_step(item.number) == item.sent for what, _, item in walk(schedule))
+
+
 def test_classic_diloco_is_one_fragment_without_delay() -> None:
     sends = [(step, item.fragment) for what, step, item in walk(Schedule(1, 10, 0, 35)) if what == "send"]
     assert sends == [(10, 0), (20, 0), (30, 0), (35, 0)]

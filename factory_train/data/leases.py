@@ -12,6 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+# Islands are at most one synchronisation apart, which is no longer than a lease.
+_HELD = 2
+
 
 @dataclass(frozen=True)
 class Share:
@@ -19,11 +22,11 @@ class Share:
 
     Args:
         begins: completed inner steps when its first lease of this deal begins.
-        held: number of the lease it is still working through until then; None when there is none.
+        held: its last leases before that, the newest last: it may still be at them, for islands are not all at the same step.
     """
 
     begins: int
-    held: int | None = None
+    held: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,14 @@ class Deal:
     def lease_at(self, island: str, step: int) -> tuple[int, int]:
         """Returns the lease an island works on in the step after `step` completed ones, and how many steps of it are done."""
         share = self.shares[island]
-        if step < share.begins:
-            assert share.held is not None, (island, step, share)
-            return share.held, step - (share.begins - self.steps)
         number, done = divmod(step - share.begins, self.steps)
-        return self._lease(self._slot(number, island)), done
+        return share.held[number] if number < 0 else self._lease(self._slot(number, island)), done
 
     def next(self, step: int, islands: Collection[str], lost: Collection[str] = (), brought_in: int = 0) -> Deal:
         """Returns the deal that follows.
 
         Args:
-            step: completed inner steps; what was begun before stays with its island.
+            step: completed inner steps of the island that is furthest; what was begun before stays with its island.
             islands: members from now on; those that are new begin at once.
             lost: members until now whose work after step `brought_in` is gone.
             brought_in: step of the last synchronisation that the lost ones took part in.
@@ -71,14 +71,13 @@ class Deal:
         for name, share in self.shares.items():
             begun = max(0, -(-(step - share.begins) // self.steps))
             dealt |= {self._slot(number, name) for number in range(begun)}
+            leases = (*share.held, *(self._lease(self._slot(number, name)) for number in range(begun)))
+            ends = share.begins + begun * self.steps
             if name in islands:
-                ends = share.begins + begun * self.steps
-                held = share.held if begun == 0 else self._lease(self._slot(begun - 1, name))
-                shares[name] = Share(ends, held if ends > step else None)
+                shares[name] = Share(ends, leases[-_HELD:])
             if name in lost:
-                starts = [(share.begins - self.steps, share.held)] if share.held is not None else []
-                starts += [(share.begins + number * self.steps, self._lease(self._slot(number, name))) for number in range(begun)]
-                lost_leases += [lease for start, lease in starts if lease is not None and start + self.steps > brought_in]
+                # The last one ends at `ends`, those before it a lease earlier each.
+                lost_leases += [lease for back, lease in enumerate(reversed(leases)) if ends - back * self.steps > brought_in]
         for name in set(islands) - set(self.shares):
             shares[name] = Share(step)
         top = max(dealt, default=-1) + 1
@@ -99,7 +98,7 @@ class Deal:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Deal:
-        shares = {name: Share(**share) for name, share in value["shares"].items()}
+        shares = {name: Share(share["begins"], tuple(share["held"])) for name, share in value["shares"].items()}
         return Deal(value["steps"], shares, value["first"], tuple(value["again"]))
 
 

@@ -102,9 +102,14 @@ class Schedule:
         recent = (self._regular(sent) for sent in range(max(1, step - self.delay + 1), step + 1))
         return tuple(found for found in recent if found is not None and found.applied > step)
 
-    def next_sent(self, step: int) -> int:
-        """Returns the first step after `step` at which something is sent."""
-        return next(later for later in range(step + 1, self.steps + 1) if later == self.steps or self._regular(later))
+    def sent_step(self, number: int) -> int:
+        """Returns the step after which round `number` is sent; 0 for -1."""
+        whole, fragment = divmod(number, self.num_fragments)
+        return min(whole * self.sync_every + self._offsets[fragment], self.steps) if number >= 0 else 0
+
+    def completed_at(self, step: int) -> int:
+        """Returns the last round that is applied when inner step `step` is over; -1 for none."""
+        return self.sent_before(step + 1) - len(self.under_way(step)) - 1
 
     def _regular(self, step: int) -> Round | None:
         """The round that is sent at `step`, if there is one; not for the last step."""

@@ -315,17 +315,9 @@ def launch_reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Ten
 
 @torch.library.custom_op("factory_train::pseudogradient_outer_update", mutates_args=("outer", "momentum", "inner", "prints"))
 def outer_update(
-    codes: Tensor,
-    scales: Tensor,
-    outer: Tensor,
-    momentum: Tensor,
-    inner: Tensor,
-    prints: Tensor,
-    lr: float,
-    mu: float,
-    keep: float,
-    format: str,
-) -> None:
+    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
+    lr: float, mu: float, keep: float, format: str,
+) -> None:  # fmt: skip
     """Decodes the averaged pseudo-gradient g, takes the outer step and mixes it into the inner parameters, all in place.
 
         v = mu v + g;  outer = outer - lr (g + mu v);  inner = keep inner + (1 - keep) outer
@@ -348,32 +340,16 @@ def outer_update(
 
 @outer_update.register_fake
 def _(
-    codes: Tensor,
-    scales: Tensor,
-    outer: Tensor,
-    momentum: Tensor,
-    inner: Tensor,
-    prints: Tensor,
-    lr: float,
-    mu: float,
-    keep: float,
-    format: str,
-) -> None:
+    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
+    lr: float, mu: float, keep: float, format: str,
+) -> None:  # fmt: skip
     pass
 
 
 def reference_outer_update(
-    codes: Tensor,
-    scales: Tensor,
-    outer: Tensor,
-    momentum: Tensor,
-    inner: Tensor,
-    prints: Tensor,
-    lr: float,
-    mu: float,
-    keep: float,
-    format: str,
-) -> None:
+    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
+    lr: float, mu: float, keep: float, format: str,
+) -> None:  # fmt: skip
     """The same in plain torch."""
     n = outer.numel()
     _check(format, num_blocks(n), codes, scales)
@@ -395,17 +371,9 @@ def fingerprint_parts(outer: Tensor, momentum: Tensor) -> Tensor:
 
 
 def launch_outer_update(
-    codes: Tensor,
-    scales: Tensor,
-    outer: Tensor,
-    momentum: Tensor,
-    inner: Tensor,
-    prints: Tensor,
-    lr: float,
-    mu: float,
-    keep: float,
-    format: str,
-) -> None:
+    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
+    lr: float, mu: float, keep: float, format: str,
+) -> None:  # fmt: skip
     """Launches the Triton kernel; arguments as of `outer_update`, all contiguous float32."""
     n, blocks = outer.numel(), num_blocks(outer.numel())
     _check(format, blocks, codes, scales)

@@ -11,13 +11,14 @@ from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat,
 from factory_train.distributed.coordination import Coordination, Decision, Rules, View
 
 RULES = Rules(("a", "b", "c"), quorum=1, silence_s=5.0, grace_s=20.0)
+LEASE = Lease(1, "a", 1)
 EPOCH = Epoch(1, 1, {"a": 1, "b": 1, "c": 1})
 
 
 class Scene:
     """What is on the board; each island decides from it."""
 
-    def __init__(self, rules: Rules = RULES, epoch: Epoch | None = EPOCH, lease: Lease | None = Lease(1, "a", 1)) -> None:
+    def __init__(self, rules: Rules = RULES, epoch: Epoch | None = EPOCH, lease: Lease | None = LEASE) -> None:
         self.now, self.epoch, self.lease = 0.0, epoch, lease
         state = MEMBER if epoch else JOINING
         self.beats = {name: Beat(name, 1, state=state, epoch=epoch.number if epoch else 0) for name in rules.islands}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -57,7 +58,7 @@ def test_each_fragment_is_sent_every_h_steps_and_once_more_at_the_end(schedule: 
             sent[item.fragment].append(step)
     for steps in sent.values():
         assert steps[-1] == schedule.steps
-        assert {after - before for before, after in zip(steps[:-1], steps[1:-1], strict=False)} <= {schedule.sync_every}
+        assert {after - before for before, after in itertools.pairwise(steps[:-1])} <= {schedule.sync_every}
         assert steps[0] <= schedule.sync_every
     regular = Counter(step for steps in sent.values() for step in steps[:-1])
     assert all(count == 1 for count in regular.values())

@@ -196,10 +196,10 @@ def test_the_kernels_compile_for_sm90(format: str) -> None:
     block = {"FORMAT": format, "BLOCK": pg.BLOCK, "ROWS": pg.ROWS}
     names = ("outer", "inner", "error", "scales", "new_error", "squares")
     # A tensor of more than 2^31 elements makes n an i64.
-    encode = {name: "*fp32" for name in names} | {"codes": "*u8", "n": "i64", "num_blocks": "i32"}
+    encode = dict.fromkeys(names, "*fp32") | {"codes": "*u8", "n": "i64", "num_blocks": "i32"}
     reduce = {"codes": "*u8", "scales": "*fp32", "weights": "*fp32", "out_codes": "*u8", "out_scales": "*fp32"}
     reduce |= {"num_blocks": "i32", "code_stride": "i64"}
-    update = {name: "*fp32" for name in ("scales", "outer", "momentum", "inner")} | {"codes": "*u8", "prints": "*i64"}
+    update = dict.fromkeys(("scales", "outer", "momentum", "inner"), "*fp32") | {"codes": "*u8", "prints": "*i64"}
     update |= {"n": "i32", "num_blocks": "i32", "lr": "fp32", "mu": "fp32", "keep": "fp32", "mix_outer": "i64", "mix_momentum": "i64"}
     compile_for_sm90(
         (module, "encode_pass", encode, {"HAS_ERROR": True} | block, options),

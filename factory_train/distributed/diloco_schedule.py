@@ -7,6 +7,7 @@ of one fragment, tau steps between sending and applying.
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Schedule:
     def spacing(self) -> int:
         """Fewest inner steps between two sends."""
         edges = [0, *self._offsets]
-        return min(after - before for before, after in zip(edges, edges[1:], strict=False))
+        return min(after - before for before, after in itertools.pairwise(edges))
 
     @staticmethod
     def longest_delay(num_fragments: int, sync_every: int) -> int:

@@ -156,7 +156,7 @@ def _try(
     intact = all(map(_is_intact, gathered))
     said = [Notice.decode(_head(row)) for row in gathered]
     # Anybody's damage is everybody's: all members try again, or none.
-    digest = xxhash.xxh3_64_intdigest(gathered.numpy()) & 0x7FFFFFFFFFFFFFFF if intact and not any(bits for _, bits in said) else 0
+    digest = _digest(gathered) & 0x7FFFFFFFFFFFFFFF if intact and not any(bits for _, bits in said) else 0
     answers = torch.empty(wire.size, 8, dtype=torch.uint8)
     wire.all_gather(answers, torch.tensor([digest], dtype=torch.int64).view(torch.uint8))
     digests = answers.view(torch.int64).view(-1).tolist()
@@ -200,8 +200,12 @@ def _reduce_part(received: torch.Tensor, weights: Sequence[float], part: int, fo
 
 def _seal(message: torch.Tensor, notice: Notice, bad: int) -> None:
     message[:HEAD_BYTES] = torch.frombuffer(bytearray(notice.encode(0, bad)), dtype=torch.uint8)
-    digest = xxhash.xxh3_64_intdigest(message.numpy()[8:])
+    digest = _digest(message[8:])
     message[:8] = torch.frombuffer(bytearray(struct.pack("<Q", digest)), dtype=torch.uint8)
+
+
+def _digest(data: torch.Tensor) -> int:
+    return xxhash.xxh3_64_intdigest(data.numpy().data)
 
 
 def _head(message: torch.Tensor) -> bytes:
@@ -210,7 +214,7 @@ def _head(message: torch.Tensor) -> bytes:
 
 def _is_intact(message: torch.Tensor) -> bool:
     (digest,) = struct.unpack("<Q", message[:8].numpy().tobytes())
-    return xxhash.xxh3_64_intdigest(message.numpy()[8:]) == digest
+    return _digest(message[8:]) == digest
 
 
 def _check_same_round(mine: Notice, notices: Sequence[Notice | None]) -> None:

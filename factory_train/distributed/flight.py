@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -58,3 +59,39 @@ class Flight:
         result = self._failure or self._reduced
         assert result is not None
         return result
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What a round came to, the same on all ranks of an island up to their shards.
+
+    Args:
+        codes, scales: encoded mean; None where nobody weighed anything.
+        counted: whether this rank's part is in it.
+        turn_over: whether islands join now.
+        notices: of all islands; empty on copies and where a peer told the result.
+        took_s, waited_s: seconds the exchange took, and that training waited for it.
+        num_bytes: what this rank sent.
+    """
+
+    codes: torch.Tensor | None
+    scales: torch.Tensor | None
+    counted: bool
+    turn_over: bool
+    notices: tuple[Notice, ...]
+    took_s: float
+    waited_s: float
+    num_bytes: int
+
+
+@dataclass
+class UnderWay:
+    """The round this rank has sent, kept until it is over: in another epoch it is sent again as it is."""
+
+    number: int
+    fragment: int
+    encoded: Encoded | None
+    weight: float
+    flags: int
+    flight: Flight | None = None
+    caught: Reduced | None = None

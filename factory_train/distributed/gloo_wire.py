@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,8 @@ class GlooWire:
         self.rank, self.size = rank, size
         # What this rank sent to others, in bytes.
         self.bytes_sent = 0
-        self._group = dist.ProcessGroupGloo(store, rank, size, timeout) if size > 1 else None
+        # Its collectives are there, if not in its type.
+        self._group: Any = dist.ProcessGroupGloo(store, rank, size, timeout) if size > 1 else None
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """See `encoded_reduce.Wire`."""

@@ -197,5 +197,3 @@ class Membership:
     def _lease_number(self) -> int:
         lease = self._board.lease()
         return lease.number if lease else 0
-
-

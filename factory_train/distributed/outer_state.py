@@ -84,7 +84,9 @@ class OuterState:
         wide = "fp64" if self.dtype == torch.float64 else "fp32"
         self.format = wide if payload == "none" else payload
         # A format as wide as the parameters leaves nothing out.
-        self._fragments = [_Fragment(names, shards, self.dtype, error_feedback and self.format not in ("fp64", wide)) for names in fragments]
+        self._fragments = [
+            _Fragment(names, shards, self.dtype, error_feedback and self.format not in ("fp64", wide)) for names in fragments
+        ]
         self.device = self._fragments[0].outer.device
         self._gathered = torch.zeros(max(fragment.numel for fragment in self._fragments), dtype=self.dtype, device=self.device)
         self.copy_inner_to_outer()

@@ -12,8 +12,8 @@ from typing import Any
 
 from factory_train.data.leases import Deal
 from factory_train.diloco_config import DilocoConfig
+from factory_train.diloco_schedule import Round, Schedule
 from factory_train.distributed.board import Epoch
-from factory_train.distributed.diloco_schedule import Round, Schedule
 from factory_train.distributed.exchange import Exchange, LeftBehindError
 from factory_train.distributed.gang import Copies
 from factory_train.distributed.outer_state import Encoded, OuterState

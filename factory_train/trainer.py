@@ -16,7 +16,7 @@ from factory_train.checkpoint.load import load_newest
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.catalog import cache_root
-from factory_train.data.loader import Cursor, TokenLoader
+from factory_train.data.loader import Cursor, Position, TokenLoader
 from factory_train.data.manifest import DataManifest
 from factory_train.data.samples import training_samples
 from factory_train.diagnostics.steps import Diagnostics
@@ -96,7 +96,7 @@ class Trainer:
         self.validated: tuple[int, dict[str, float]] = (-1, {})
         self.step = 0
         self.tokens_seen = 0
-        self.cursor = Cursor()
+        self.cursor: Position = Cursor()
         self.outcome: Outcome | None = None
         self._save_asked = False
         self._skipped_in_a_row = 0

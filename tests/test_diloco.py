@@ -9,7 +9,7 @@ import torch
 from toy_islands import Toy, config, equal, gradient, parameters, train
 
 from factory_train.data.leases import Deal
-from factory_train.distributed.diloco_schedule import Schedule, assign_fragments, names_by_fragment
+from factory_train.diloco_schedule import Schedule, assign_fragments, names_by_fragment
 
 
 def data_parallel(islands: int, steps: int, lr: float, dtype: torch.dtype, grid: float | None) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from factory_train.distributed.diloco_schedule import PATTERNS, Round, Schedule, assign_fragments, names_by_fragment
+from factory_train.diloco_schedule import PATTERNS, Round, Schedule, assign_fragments, names_by_fragment
 
 
 @st.composite

@@ -15,9 +15,9 @@ from factory_train.checkpoint.agreement import Ranks
 from factory_train.data.leases import Deal, LeasedCursor
 from factory_train.diloco import OuterLoop
 from factory_train.diloco_config import DilocoConfig
+from factory_train.diloco_schedule import Schedule, assign_fragments, names_by_fragment
 from factory_train.distributed.board import Beat, Epoch, FolderBoard
 from factory_train.distributed.coordination import Rules
-from factory_train.distributed.diloco_schedule import Schedule, assign_fragments, names_by_fragment
 from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
 from factory_train.distributed.membership import Membership, Planner

@@ -8,8 +8,8 @@ had not brought in. Deals are plain values: islands that hold the same one agree
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Islands are at most one synchronisation apart, which is no longer than a lease.
@@ -115,8 +115,6 @@ class LeasedCursor:
     deal: Deal
     island: str
     step: int
-    # A jump over samples belongs to ordinary runs.
-    skipped: Sequence[Sequence[int]] = field(default=())
 
     def take(self, count: int) -> tuple[list[int], LeasedCursor]:
         """Returns the numbers of the samples of one step, `count` of them, and the cursor after it."""
@@ -125,4 +123,4 @@ class LeasedCursor:
         return list(range(first, first + count)), replace(self, step=self.step + 1)
 
     def to_json(self) -> dict[str, Any]:
-        return {"samples": 0, "skipped": [], "deal": self.deal.to_json(), "step": self.step}
+        return {"deal": self.deal.to_json(), "island": self.island, "step": self.step}

@@ -203,9 +203,19 @@ class OuterState:
         pairs = zip(self._fragments, flats[kind], strict=True)
         return {name: view for fragment, flat in pairs if flat.numel() or not fragment.numel for name, view in fragment.views(flat).items()}
 
-    def named_left_out(self, fragment: int, encoded: Encoded) -> dict[str, torch.Tensor]:
-        """Returns views by parameter name of what a code left out."""
-        return self._fragments[fragment].views(encoded.left_out) if encoded.left_out.numel() else {}
+    def left_out_views(self, fragment: int, left_out: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Returns views by parameter name of what a code leaves out, or, for None, of a new tensor for it; empty without feedback."""
+        state = self._fragments[fragment]
+        if state.numel and not state.error.numel():
+            return {}
+        return state.views(torch.zeros_like(state.error) if left_out is None else left_out)
+
+    def empty_code(self, fragment: int) -> Encoded:
+        """Returns a code to be filled from a checkpoint."""
+        state = self._fragments[fragment]
+        codes, scales = self.room(fragment)
+        squares = torch.zeros(1, dtype=self.dtype)
+        return Encoded(codes, scales, torch.zeros_like(state.error), squares)
 
     def _gather(self, fragment: _Fragment) -> torch.Tensor:
         """Returns the inner parameters of a fragment as one flat tensor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from factory_train.config import Config
@@ -33,21 +32,15 @@ def exchange_folder(run: RunDir) -> Path:
     return run.path / "exchange"
 
 
-def island_config(cfg: Config) -> Config:
-    """Returns the configuration of one island: its share of the batch, and no islands of its own to start."""
-    train = replace(cfg.train, global_batch_tokens=cfg.train.global_batch_tokens // cfg.diloco.islands)
-    return replace(cfg, train=train)
-
-
 def new_island_attempt(run: RunDir, island: str, cfg: Config) -> Attempt:
     """Makes the next attempt of an island; one process at a time does.
 
     Args:
-        cfg: of the whole run.
+        cfg: of the whole run: what an island's share of it is follows from the number of islands.
     """
     home = island_run(run, island)
     if not (home.path / "run.json").is_file():
         RunDir.create(home.path.parent, _KIND, island.removeprefix(f"{_KIND}-"))
         # Tokens, tokenizer and manifest are the run's.
         home.data.symlink_to(Path("..", "..", run.data.name))
-    return home.new_attempt(island_config(cfg))
+    return home.new_attempt(cfg)

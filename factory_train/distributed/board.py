@@ -114,6 +114,13 @@ class FolderBoard:
         for name in ("beats", "leases", "epochs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
+    @staticmethod
+    def reading(folder: Path) -> FolderBoard:
+        """Returns a board for somebody who only looks; there need not be one yet."""
+        board = FolderBoard.__new__(FolderBoard)
+        board.folder = folder
+        return board
+
     def write_beat(self, beat: Beat) -> None:
         """Replaces the island's sign of life; a crash of the machine may lose it, so it is not synced to the disk."""
         path = self.folder / "beats" / f"{beat.island}.json"
@@ -154,5 +161,6 @@ class FolderBoard:
         return self.folder / kind / f"{number:06d}.json"
 
     def _newest(self, kind: str) -> Any:
-        numbers = [int(name[:6]) for name in os.listdir(self.folder / kind) if re.fullmatch(r"\d{6}\.json", name)]
+        folder = self.folder / kind
+        numbers = [int(name[:6]) for name in (os.listdir(folder) if folder.is_dir() else ()) if re.fullmatch(r"\d{6}\.json", name)]
         return storage.read_json(self._numbered(kind, max(numbers))) if numbers else None

@@ -21,6 +21,11 @@ def island_run(run: RunDir, island: str) -> RunDir:
     return RunDir(run.path / _FOLDER / island)
 
 
+def has_islands(run: RunDir) -> bool:
+    """Returns whether islands of the run were ever started."""
+    return (run.path / _FOLDER).is_dir()
+
+
 def run_of_island(run: RunDir) -> RunDir:
     """Returns the run that an island's directory belongs to."""
     assert run.path.parent.name == _FOLDER, run.path

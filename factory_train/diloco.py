@@ -175,6 +175,17 @@ class OuterLoop:
         self._admitting = ()
         self._exchange.put_in_flight(facts["number"], facts["fragment"], encoded, facts["weight"])
 
+    def complete_in_flight(self, step: int, weight: float) -> None:
+        """Takes part in the round under way at a step although no checkpoint says with what: with the parameters as they are."""
+        if self._exchange.in_flight() is None:
+            for due in self.schedule.under_way(step):
+                encoded = self.state.encode(due.fragment) if self._copies.is_first else None
+                self._exchange.put_in_flight(due.number, due.fragment, encoded, weight)
+
+    def nothing_in_flight(self) -> None:
+        """Drops what `put_in_flight` took up."""
+        self._exchange.drop()
+
     def restart_at(self, step: int) -> None:
         """Notes that the state is now that of a completed step."""
         self._exchange.restart_at(self.schedule.completed_at(step), step)

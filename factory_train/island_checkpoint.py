@@ -20,9 +20,10 @@ from factory_train.checkpoint.entries import TensorEntry
 from factory_train.checkpoint.load import LoadedState, load_checkpoint
 from factory_train.checkpoint.reader import CheckpointReader
 from factory_train.checkpoint.saver import Saver
+from factory_train.checkpoint.verify import verify_files
 from factory_train.distributed.box import Box, local_box
 from factory_train.distributed.outer_state import Encoded, OuterState
-from factory_train.errors import IntegrityError
+from factory_train.errors import FactoryTrainError, IntegrityError
 from factory_train.run_dir import RunDir
 
 # So many of the run's newest checkpoints may be the one that all islands go on from, if they have none of the newest.
@@ -168,14 +169,34 @@ def step_to_start_from(run: RunDir, islands: Mapping[str, tuple[int, ...]]) -> i
     """Returns the step of the checkpoint that islands begin from; 0 for the beginning.
 
     The newest that all of them have, if it is among the newest of the run; else the run's newest: an island that has none of
-    that step begins from the outer parameters.
+    that step begins from the outer parameters. Damaged ones of the run are passed over.
 
     Args:
         islands: the steps that each has checkpoints of.
+
+    Raises:
+        IntegrityError: there are checkpoints, and every one is damaged.
     """
-    steps = saved_steps(run)
+    found = list_checkpoints(run)
+    # Looked at from the newest on, and no further than needed: every byte of a checkpoint is read.
+    steps: list[int] = []
+    for info in found:
+        if len(steps) < _LOOK_BACK and info.step not in steps and _is_intact(info):
+            steps.append(info.step)
+            if all(info.step in have for have in islands.values()):
+                break
+    if found and not steps:
+        raise IntegrityError("every checkpoint is damaged", where=run.name, fix="start a new run (drop run=...)")
     shared = [step for step in steps[:_LOOK_BACK] if all(step in have for have in islands.values())]
     return shared[0] if shared else steps[0] if steps else 0
+
+
+def _is_intact(info: CheckpointInfo) -> bool:
+    try:
+        verify_files(info.path, info.manifest())
+    except FactoryTrainError:
+        return False
+    return True
 
 
 def load_at(

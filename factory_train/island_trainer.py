@@ -14,6 +14,7 @@ import torch.distributed as dist
 from factory_train import tail
 from factory_train.checkpoint.agreement import Ranks
 from factory_train.checkpoint.entries import TensorEntry
+from factory_train.checkpoint.load import LoadedState
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.leases import Deal, LeasedCursor
@@ -26,7 +27,7 @@ from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
 from factory_train.distributed.membership import Membership, Planner
 from factory_train.distributed.outer_state import OuterState
-from factory_train.errors import CheckpointError, ConfigError
+from factory_train.errors import CheckpointError, ConfigError, IntegrityError
 from factory_train.gangs import exchange_folder, island_names, run_of_island
 from factory_train.island_checkpoint import (
     IslandSaver,
@@ -225,20 +226,32 @@ class IslandTrainer(Trainer):
         told = outer.state.get("diloco", {})
         self.outer.state.copy_outer_to_inner()
         self.tokens_seen = outer.state["tokens_seen"]
-        inner = load_at(
-            self.attempt.run,
-            epoch.step,
-            self._inner_entries,
-            self._ranks,
-            lambda state: state.get("diloco", {}).get("fingerprint") == told.get("fingerprint"),
-        )
+        inner = self._load_inner(epoch.step, told.get("fingerprint"))
         if inner is not None:
             self.optimizer.set_step_count(inner.state["optimizer_step"] if inner.has_optimizer else 0)
         else:
             self._take_up_optimizer(epoch.step)
         self.outer.restart_at(epoch.step)
+        # The other islands wait for this one's part, be it that it has none.
+        self.outer.complete_in_flight(epoch.step, 1.0 if inner is not None else 0.0)
         how = f"{outer.path.name}, inner state {'loaded' if inner else 'from the outer parameters: this island has none of that step'}"
         self.metrics.record_event("island-loaded", step=epoch.step, checkpoint=how)
+
+    def _load_inner(self, step: int, fingerprint: str | None) -> LoadedState | None:
+        """Fills the inner state from this island's checkpoint that goes with an outer state; None where there is none intact."""
+        try:
+            return load_at(
+                self.attempt.run,
+                step,
+                self._inner_entries,
+                self._ranks,
+                lambda state: state.get("diloco", {}).get("fingerprint") == fingerprint,
+            )
+        except IntegrityError as error:
+            # All ranks were told the same, before any tensor was touched.
+            self.outer.nothing_in_flight()
+            self.metrics.record_event("checkpoint-skipped", message=f"of {self.island} at step {step}: {error}")
+            return None
 
     def _inner_entries(self, state: Mapping[str, Any]) -> list[TensorEntry]:
         """Returns what an island's checkpoint of this state fills; the round under way is taken up with it."""
@@ -246,7 +259,7 @@ class IslandTrainer(Trainer):
         if told["format"] == self.outer.state.format and told["feedback"] == bool(self._errors()):
             found += self._errors()
             facts = told["in_flight"]
-            if facts is not None and told["world_size"] == self.env.world_size:
+            if facts is not None and [told["world_size"], told["schedule"]] == [self.env.world_size, self._schedule_words()]:
                 first = self._placed.copy == 0
                 encoded = self.outer.state.empty_code(facts["fragment"]) if first else None
                 found += in_flight_entries(self._placed, self.outer.state, facts["fragment"], encoded, self._ranks)
@@ -273,6 +286,10 @@ class IslandTrainer(Trainer):
             found += in_flight_entries(self._placed, self.outer.state, facts["fragment"], encoded, self._ranks)
         return found
 
+    def _schedule_words(self) -> list[Any]:
+        cfg = self.cfg.diloco
+        return [cfg.fragments, cfg.pattern, cfg.sync_every, cfg.delay]
+
     def _errors(self) -> list[TensorEntry]:
         return error_entries(self._placed, self.outer.state)
 
@@ -297,6 +314,7 @@ class IslandTrainer(Trainer):
             "epoch": self.outer.epoch.number,
             "in_flight": facts,
             "world_size": self.env.world_size,
+            "schedule": self._schedule_words(),
             "format": self.outer.state.format,
             "feedback": bool(self._errors()),
         }

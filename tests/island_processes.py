@@ -32,6 +32,8 @@ def start_run(root: Path, name: str, cfg: Config) -> Attempt:
 def run_islands(orders: list[dict[str, Any]], islands: int, ranks: int = 1, timeout_s: float = 200.0) -> None:
     """Carries out orders, one after another, with `ranks` processes an island: train the run in `run_dir`, maybe only up to `stop_at`.
 
+    `before` says how many attempts the islands had before these processes.
+
     Raises:
         AssertionError: a process failed; its output is in the message.
     """
@@ -71,6 +73,7 @@ def _work(island: str, rank: int, ranks: int, orders: list[dict[str, Any]]) -> N
 
     for order in orders:
         main = RunDir.open(Path(order["run_dir"]))
+        _taken.setdefault(main.path, order.get("before", 0))
         attempt = _next_attempt(main, island, rank)
         env = WorkerEnv(str(attempt.run.path), attempt.number, island, rank, rank, ranks, ranks)
         stop = StopAt()

@@ -67,6 +67,31 @@ def test_resumed_at_any_step_of_two_periods_a_run_is_bit_identical(text_file: Pa
         assert not differences(run, undisturbed), f"stopped after step {stop}"
 
 
+def flip_a_byte(run: RunDir, step: int) -> None:
+    (path, *_) = sorted((run.checkpoints / f"step-{step:08d}").glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 8
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_passed_over(text_file: Path, tmp_path: Path) -> None:
+    """One of the run: all begin from the one before, bit for bit. One of an island: it begins from the outer parameters."""
+    cfg = island_settings(text_file, tmp_path)
+    cfg.checkpoint.every_steps, cfg.checkpoint.keep_last = 4, 9
+    undisturbed, damaged, half = (start_run(tmp_path, name, cfg).run for name in ("undisturbed", "damaged", "half"))
+    run_islands([{"run_dir": str(undisturbed.path)}, *({"run_dir": str(run.path), "stop_at": 10} for run in (damaged, half))], islands=2)
+    flip_a_byte(damaged, 10)
+    flip_a_byte(island_run(half, "island-1"), 10)
+    run_islands([{"run_dir": str(damaged.path), "before": 1}, {"run_dir": str(half.path), "before": 1}], islands=2)
+    events = island_run(damaged, "island-0").last_attempt().events()
+    assert next(event["step"] for event in events if event["event"] == "island-loaded") == 8
+    assert not differences(damaged, undisturbed)
+    events = island_run(half, "island-1").last_attempt().events()
+    assert any(event["event"] == "checkpoint-skipped" for event in events)
+    assert differences(half, undisturbed)
+    assert curve(half, "island-1")[-1][0] == STEPS
+
+
 @pytest.fixture(scope="module")
 def layouts(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
     """The same run of two islands in float64, each island being one rank, or two ranks in three ways."""

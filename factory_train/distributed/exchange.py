@@ -104,8 +104,7 @@ class Exchange:
     def join_again(self, load: Callable[[Epoch], None]) -> Epoch:
         """Joins after the others have gone on alone; what was under way is dropped."""
         assert self.epoch is not None
-        self._end_flight()
-        self._under_way = None
+        self.drop()
         self._tell(state=JOINING, epoch=0)
         return self.begin(self.epoch.number, load)
 
@@ -227,6 +226,11 @@ class Exchange:
     def put_in_flight(self, number: int, fragment: int, encoded: Encoded | None, weight: float) -> None:
         """Takes up a round from a checkpoint; it is sent when an epoch is entered."""
         self._under_way = UnderWay(number, fragment, encoded, weight, 0)
+
+    def drop(self) -> None:
+        """Gives up the round under way."""
+        self._end_flight()
+        self._under_way = None
 
     def close(self) -> None:
         """Leaves. May be called twice."""

@@ -19,6 +19,9 @@ from pathlib import Path
 
 import torch
 
+# The outer momentum walks up to 1 / (1 - 0.9) times as far as the inner steps: at the learning rate that is best for data-parallel
+# training, classic DiLoCo with its published outer learning rate is beyond what a short run bears.
+LR = 1e-3
 _STREAMING = ("diloco=streaming", "diloco.delay=2")
 VARIANTS = {
     "data-parallel": ("recipe=llama_ddp", "parallel=single"),
@@ -35,10 +38,10 @@ def validation_loss(root: Path, variant: str, seed: int, steps: int, overrides: 
     name = f"{list(VARIANTS).index(variant)}-{seed}"
     command = [
         *(sys.executable, "-m", "factory_train", *VARIANTS[variant], f"run={name}", "launcher=local", "launcher.tasks_per_node=1"),
-        *("model.dim=48", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=4", "model.ffn_dim=128", "data.vocab_size=512"),
-        *(f"train.steps={steps}", f"train.seed={seed}", "train.seq_len=64", "train.global_batch_tokens=512"),
-        *("train.micro_batch_size=8", "train.validate_every=0", "train.num_threads=1", "checkpoint.every_steps=100000"),
-        *("train.validation_rows=1024", "optim.lr=4e-3", f"optim.warmup_steps={max(1, steps // 15)}", "tracking=none"),
+        *("model.dim=32", "model.num_layers=4", "model.num_heads=4", "model.num_kv_heads=4", "model.ffn_dim=96", "data.vocab_size=512"),
+        *(f"train.steps={steps}", f"train.seed={seed}", "train.seq_len=32", "train.global_batch_tokens=512"),
+        *("train.micro_batch_size=16", "train.validate_every=0", "train.num_threads=1", "checkpoint.every_steps=100000"),
+        *("train.validation_rows=1024", f"optim.lr={LR}", f"optim.warmup_steps={max(1, steps // 15)}", "tracking=none"),
         *("evaluation.sample_tokens=0", f"data.cache_dir={root / 'data'}", f"runs_root={root}", *overrides),
     ]
     done = subprocess.run(command, capture_output=True, text=True)

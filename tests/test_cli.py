@@ -80,7 +80,7 @@ def test_help_names_every_verb_group_and_key(capsys: pytest.CaptureFixture[str])
     for words in ([], ["--help"], ["-h"]):
         assert cli.main(words) == ExitCode.OK
         text = capsys.readouterr().out
-        assert all(word in text for word in (*VERBS, "llama_ddp llama_fsdp", "--multirun", "--dry-run"))
+        assert all(word in text for word in (*VERBS, "llama_ddp llama_diloco llama_fsdp", "--multirun", "--dry-run"))
         assert all(f"{key.name}=" in text for key in schema_keys())
 
 

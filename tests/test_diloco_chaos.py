@@ -169,3 +169,28 @@ def test_random_faults(folder: Path) -> None:
     losses = [json.loads(next(iter(run.evaluation.glob("*.json"))).read_text())["loss"] for run in (chaos.run, clean.run)]
     print(f"loss with faults {losses[0]:.4f}, without {losses[1]:.4f}")
     assert losses[0] < losses[1] + 0.1
+
+
+@pytest.mark.cluster
+def test_ctrl_c_saves_all_islands_and_the_same_command_goes_on(folder: Path) -> None:
+    first = Chaos(folder, "signal", 100000, 2)
+    first.until(lambda: min(map(first.step, first.islands)) > 120, "training begins")
+    first.process.send_signal(signal.SIGINT)
+    out, err = first.process.communicate(timeout=100)
+    assert first.process.returncode == 130, out + err
+    verdict = first.run.last_attempt().verdict()
+    assert verdict.outcome == "interrupted"
+    saved = [list_checkpoints(island_run(first.run, island))[0].step for island in first.islands]
+    assert min(saved) > 120
+    last = max(saved) + 40
+    done = command.run(*words("signal", 100000, 2, f"train.steps={last}"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert list_checkpoints(first.run)[0].step == last
+    loaded = first.events("island-loaded")
+    assert len(loaded) == 2
+    assert len({event["step"] for event in loaded}) == 1, "all islands begin from the same step"
+    # A table and one run: what status says of islands.
+    shown = command.run("status", "llama_diloco-signal", cwd=folder).stdout
+    assert f"island-0 left at step {last}" in shown
+    logs = command.run("logs", "llama_diloco-signal", "--island", "1", cwd=folder)
+    assert logs.returncode == 0, logs.stderr

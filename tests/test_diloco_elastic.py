@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_islands import Toy, config, equal, run_toys
+from toy_islands import Toy, config, equal, run_toys, train
 
+from factory_train.distributed.gloo_wire import GlooWire
 from factory_train.errors import FactoryTrainError, IntegrityError
 
 
@@ -189,3 +190,47 @@ def test_an_island_whose_parameters_are_not_finite_is_left_out_and_mended(tmp_pa
     check_same(*toys)
     assert all(value.isfinite().all() for toy in toys for value in toy.values.values())
     assert [row["counted"] for row in toys[1].rows("sync")] == [1, 0, 1, 1, 1]
+
+
+class CutWire(GlooWire):
+    """A wire over a link that is cut now and then."""
+
+    is_cut = threading.Event()
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.look()
+
+    def look(self) -> None:
+        if self.is_cut.is_set():
+            self.close()
+            raise RuntimeError("connection reset")
+
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        self.look()
+        super().all_to_all(received, sent)
+
+    def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        self.look()
+        super().all_gather(received, sent)
+
+
+def test_after_a_link_was_cut_and_is_back_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factory_train.distributed.exchange.GlooWire", CutWire)
+    cfg = config(islands=2, sync_every=6, fragments=3, delay=2, payload="int4", grace_s=2.0)
+    toys = [Toy(tmp_path / "cut", f"island-{index}", cfg, 60) for index in range(2)]
+    (tmp_path / "cut").mkdir()
+
+    def cut(toy: Toy, step: int) -> None:
+        time.sleep(0.01)
+        if step == 20 and toy is toys[0]:
+            CutWire.is_cut.set()
+            threading.Timer(2.5, CutWire.is_cut.clear).start()
+
+    for toy in toys:
+        toy.before_step = cut
+    run_toys(toys)
+    check_same(*toys)
+    assert toys[0].outer.epoch.number > 1
+    undisturbed = train(tmp_path / "whole", cfg=cfg, steps=60)
+    assert equal(toys[0].values, undisturbed[0].values), "the same codes were sent again"

@@ -118,17 +118,18 @@ class Exchange:
         """
         self.step = step
 
+        assert self.epoch is not None
+        entered = self.epoch.number
+
         def look() -> dict[str, Any]:
             self._members().tell(step=step)
             newest = self._members().newest()
-            assert newest is not None
-            return {"epoch": newest.to_json(), "admit": list(self._members().admissible())}
+            is_newer = newest is not None and newest.number > entered
+            return {"epoch": newest.to_json() if newest and is_newer else None, "admit": list(self._members().admissible())}
 
         seen = self._gang.agree_on_main("looking at the membership", look)
-        newest = Epoch.from_json(seen["epoch"])
-        assert self.epoch is not None
-        if newest.number > self.epoch.number:
-            self._enter_or_recover(newest)
+        if seen["epoch"] is not None:
+            self._enter_or_recover(Epoch.from_json(seen["epoch"]))
         return tuple(seen["admit"])
 
     def send(self, number: int, fragment: int, encoded: Encoded | None, *, weight: float, turn_over: bool) -> None:

@@ -47,6 +47,7 @@ class Membership:
         self._coordination = Coordination(rules, beat.island, beat.incarnation)
         self._moved: dict[str, tuple[int, int, float]] = {}
         self._decision = Decision()
+        self._seen: Epoch | None = None
         self._failure: Exception | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-membership", daemon=True)
@@ -55,14 +56,15 @@ class Membership:
     # What the training loop calls
 
     def tell(self, **facts: Any) -> None:
-        """Changes what this island says of itself, at once."""
+        """Changes what this island says of itself: at once where its state changes, else with the next sign of life."""
         with self._lock:
             self._beat = replace(self._beat, **facts)
-        self._write_beat()
+        if "state" in facts:
+            self._write_beat()
 
     def newest(self) -> Epoch | None:
-        """Returns the newest epoch."""
-        return self._board.epoch()
+        """Returns the newest epoch as it was last seen: training does not wait for a filesystem to ask."""
+        return self._seen
 
     def await_epoch(self, after: int, timeout_s: float) -> Epoch:
         """Returns an epoch with a number above `after`, waiting for it.
@@ -98,11 +100,6 @@ class Membership:
     def admissible(self) -> tuple[str, ...]:
         """Returns islands that may join after the next round, if it is for this island to say so."""
         return self._decision.admit
-
-    def coordinates(self) -> bool:
-        """Returns whether this island holds the coordinator's lease."""
-        lease = self._board.lease()
-        return lease is not None and (lease.island, lease.incarnation) == (self._beat.island, self._beat.incarnation)
 
     def admit(self, epoch: Epoch, islands: tuple[str, ...], step: int, completed: int, deal: Mapping[str, Any]) -> None:
         """Makes the epoch in which islands join; the others wait for it already, so there is one even when none is left to join."""
@@ -148,6 +145,7 @@ class Membership:
                 self._moved[name] = beat.incarnation, beat.count, now
         silent_s = {name: now - self._moved[name][2] for name in beats}
         view = View(now, beats, silent_s, self._board.epoch(), self._board.lease())
+        self._seen = view.epoch
         decision = self._coordination.decide(view)
         self._decision = decision
         if decision.take_lease is not None:

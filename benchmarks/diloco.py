@@ -4,8 +4,9 @@
 
 Each island is a process in a network namespace of its own; a pair of virtual interfaces joins them, and a token bucket limits each
 (Linux, root). A delay is added by the processes, before each message, since the kernel's netem is often absent. An inner step is
-a pause of T seconds that changes every parameter: what is measured is the exchange, not this machine's arithmetic. Bytes are
-those of the interface, headers of TCP included.
+a pause of T seconds that changes every parameter. Training: these pauses as a part of all the time. Not waiting: all the time
+but that spent waiting for the link; where the machine is busy with other things, encoding makes a difference between the
+two. Bytes are those of the interface, headers of TCP included.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def work(order: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(order["index"])
     values = parameters(order["params"])
     DelayedWire.delay_s = order["delay_s"]
-    step = data_parallel(order, values) if order["method"] == "data-parallel" else islands(order, values)
+    waits: list[float] = []
+    step = (data_parallel if order["method"] == "data-parallel" else islands)(order, values, waits)
     step_s, steps = order["step_s"], order["steps"]
     began, sent = time.monotonic(), sent_bytes(INTERFACES[order["index"]])
     for number in range(1, steps + 1):
@@ -102,17 +104,24 @@ def work(order: dict[str, Any]) -> dict[str, float]:
             value.add_(torch.randn(1).item() * 1e-3)
         step(number)
     took_s = time.monotonic() - began
-    return {"utilisation": steps * step_s / took_s, "bytes_per_step": (sent_bytes(INTERFACES[order["index"]]) - sent) / steps}
+    busy = {"utilisation": steps * step_s / took_s, "not_waiting": 1 - sum(waits) / took_s}
+    return {**busy, "bytes_per_step": (sent_bytes(INTERFACES[order["index"]]) - sent) / steps}
 
 
-def data_parallel(order: dict[str, Any], values: dict[str, torch.Tensor]) -> Any:
+def data_parallel(order: dict[str, Any], values: dict[str, torch.Tensor], waits: list[float]) -> Any:
     store = dist.FileStore(str(Path(order["folder"]) / "data-parallel"), len(ISLANDS))
     wire = DelayedWire(store, order["index"], len(ISLANDS), datetime.timedelta(seconds=300))
     gradient = torch.zeros(order["params"])
-    return lambda number: wire.all_reduce(gradient)
+
+    def step(number: int) -> None:
+        began = time.monotonic()
+        wire.all_reduce(gradient)
+        waits.append(time.monotonic() - began)
+
+    return step
 
 
-def islands(order: dict[str, Any], values: dict[str, torch.Tensor]) -> Any:
+def islands(order: dict[str, Any], values: dict[str, torch.Tensor], waits: list[float]) -> Any:
     exchange_module.GlooWire = DelayedWire  # type: ignore[misc]
     cfg = DilocoConfig(islands=2, silence_s=8.0, grace_s=300.0, **METHODS[order["method"]])
     # The last step synchronises everything once more; it is beyond what is measured.
@@ -136,7 +145,7 @@ def islands(order: dict[str, Any], values: dict[str, torch.Tensor]) -> Any:
     planner = Planner(start, lambda epoch, *_: dict(epoch.deal))
     membership = Membership(board, Rules(ISLANDS, 2, cfg.silence_s, cfg.grace_s), Beat(name, 1), planner, lambda kind, **facts: None)
     exchange = Exchange(name, 1, Ranks(0, 1), Copies(), board, membership, state, cfg.grace_s)
-    outer = OuterLoop(cfg, schedule, state, exchange, Copies(), load, lambda kind, **facts: None)
+    outer = OuterLoop(cfg, schedule, state, exchange, Copies(), load, lambda kind, **facts: waits.append(facts.get("waited_s", 0.0)))
     outer.begin()
     return outer.after_step
 
@@ -254,7 +263,7 @@ def main() -> int:
     parser.add_argument("--delay-ms", type=float, nargs="*", default=[0])
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--params", type=int, default=1_000_000)
-    parser.add_argument("--step-s", type=float, default=0.1)
+    parser.add_argument("--step-s", type=float, default=0.2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -264,7 +273,9 @@ def main() -> int:
         # What the last step sends is not waited for.
         os._exit(0)
     rows = []
-    print(f"{'':14s} {'Mbit/s':>7s} {'delay':>6s}  {'training':>8s} {'predicted':>9s}  {'bytes a step':>12s} {'formula':>9s}")
+    print(
+        f"{'':14s} {'Mbit/s':>7s} {'delay':>6s}  {'training':>8s} {'not waiting':>11s} {'predicted':>9s}  {'bytes a step':>12s} {'formula':>9s}"
+    )
     with Link() as link:
         for delay_ms in options.delay_ms:
             for mbit in options.rates:
@@ -275,11 +286,10 @@ def main() -> int:
                         for run, arguments in ((measure, (link, method, options)), (predict, (method, options)))
                     )
                     rows.append({"method": method, "mbit_per_s": mbit, "delay_ms": delay_ms, "measured": measured, "predicted": predicted})
-                    print(
-                        f"{method:14s} {mbit:7g} {delay_ms:4g}ms  {measured['utilisation']:8.1%} {predicted['utilisation']:9.1%}  "
-                        f"{measured['bytes_per_step']:12,.0f} {predicted['bytes_per_step']:9,.0f}",
-                        flush=True,
-                    )
+                    shares = (measured["utilisation"], measured["not_waiting"], predicted["utilisation"])
+                    sizes = (measured["bytes_per_step"], predicted["bytes_per_step"])
+                    texts = (*(f"{share:12.1%}" for share in shares), *(f"{size:12,.0f}" for size in sizes))
+                    print(f"{method:14s} {mbit:7g} {delay_ms:4g}ms  {' '.join(texts)}", flush=True)
     if options.json:
         facts = {"torch": torch.__version__, "params": options.params, "step_s": options.step_s, "islands": 2, "H": H, "P": P, "rows": rows}
         options.json.write_text(json.dumps(facts, indent=1) + "\n")

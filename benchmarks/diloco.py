@@ -274,7 +274,7 @@ def main() -> int:
         os._exit(0)
     rows = []
     print(
-        f"{'':14s} {'Mbit/s':>7s} {'delay':>6s}  {'training':>8s} {'not waiting':>11s} {'predicted':>9s}  {'bytes a step':>12s} {'formula':>9s}"
+        f"{'':14s} {'Mbit/s':>7s} {'delay':>6s}  {'training':>8s} {'not waiting':>11s} {'predicted':>9s}  {'bytes':>12s} {'formula':>9s}"
     )
     with Link() as link:
         for delay_ms in options.delay_ms:

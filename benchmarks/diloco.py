@@ -273,9 +273,7 @@ def main() -> int:
         # What the last step sends is not waited for.
         os._exit(0)
     rows = []
-    print(
-        f"{'':14s} {'Mbit/s':>7s} {'delay':>6s}  {'training':>8s} {'not waiting':>11s} {'predicted':>9s}  {'bytes':>12s} {'formula':>9s}"
-    )
+    print(f"{'':14s} {'Mbit/s':>7s} {'delay':>6s}  {'training':>8s} {'not waiting':>11s} {'predicted':>9s}  {'bytes':>12s} {'formula':>9s}")
     with Link() as link:
         for delay_ms in options.delay_ms:
             for mbit in options.rates:

@@ -18,6 +18,12 @@ def check_diloco(config: Config) -> None:
         raise ConfigError(f"{cfg.islands} islands", where="diloco.islands", fix="diloco.islands=0 for an ordinary run")
     if cfg.islands == 0:
         return
+    if config.optim.master == "split":
+        raise ConfigError(
+            "islands exchange whole master weights, and optim.master=split keeps half of them in the model",
+            where="optim.master",
+            fix="optim.master=fp32",
+        )
     for key in ("sync_every", "fragments", "quorum", "outer_lr", "silence_s", "grace_s"):
         if getattr(cfg, key) <= 0:
             raise ConfigError(

@@ -78,7 +78,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.module, cfg.optim)
         self.loss = TrainingLoss(cfg.train, self.model, device)
         self.reduction = StepReduction(device, self.model.grad_copies)
-        self.samples = training_samples(cfg, cache_root(cfg, attempt.run.path.parent), dataset, plan.samples_per_step)
+        samples_per_step = plan.samples_per_step * max(1, cfg.diloco.islands)
+        self.samples = training_samples(cfg, cache_root(cfg, attempt.run.path.parent), dataset, samples_per_step)
         self.validation = Validation(self.model, cfg, attempt.run, device, dp_rank=env.rank, dp_size=self.dims.dp_size)
         self.throughput = Throughput(
             tokens_per_step=plan.tokens_per_step,

@@ -142,7 +142,7 @@ def islands(order: dict[str, Any], values: dict[str, torch.Tensor], waits: list[
     def load(epoch: Epoch) -> None:
         outer.restart_at(0)
 
-    planner = Planner(start, lambda epoch, *_: dict(epoch.deal))
+    planner = Planner(start, lambda epoch, *_: dict(epoch.deal), order["steps"] + 1)
     membership = Membership(board, Rules(ISLANDS, 2, cfg.silence_s, cfg.grace_s), Beat(name, 1), planner, lambda kind, **facts: None)
     exchange = Exchange(name, 1, Ranks(0, 1), Copies(), board, membership, state, cfg.grace_s)
     outer = OuterLoop(cfg, schedule, state, exchange, Copies(), load, lambda kind, **facts: waits.append(facts.get("waited_s", 0.0)))

@@ -13,8 +13,10 @@ import torch.distributed as dist
 
 from factory_train import tail
 from factory_train.checkpoint.agreement import Ranks
+from factory_train.checkpoint.catalog import select
 from factory_train.checkpoint.entries import TensorEntry
 from factory_train.checkpoint.load import LoadedState
+from factory_train.checkpoint.reader import CheckpointReader
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.leases import Deal, LeasedCursor
@@ -143,12 +145,9 @@ class IslandTrainer(Trainer):
         rules = Rules(island_names(cfg.islands), cfg.quorum, cfg.silence_s, cfg.grace_s)
         # A log of its own: the membership has a thread of its own.
         log = MetricsLog(self.attempt, enabled=True)
-        return Membership(board, rules, beat, Planner(start, after_failure), log.record_event)
+        return Membership(board, rules, beat, Planner(start, after_failure, self.cfg.train.steps), log.record_event)
 
     def _saved_deal(self, step: int) -> Deal | None:
-        from factory_train.checkpoint.catalog import select
-        from factory_train.checkpoint.reader import CheckpointReader
-
         with CheckpointReader(select(self.run, str(step)).path) as reader:
             told = reader.state.get("diloco")
         return Deal.from_json(told["deal"]) if told else None
@@ -273,7 +272,7 @@ class IslandTrainer(Trainer):
         for mine in saved_steps(self.attempt.run) if self.step == 0 else ():
             if mine > step:
                 continue
-            with contextlib.suppress(ConfigError):
+            with contextlib.suppress(ConfigError, IntegrityError):
                 found = load_at(self.attempt.run, mine, lambda state: entries, self._ranks, lambda state: True)
                 if found is not None and found.has_optimizer:
                     self.optimizer.set_step_count(found.state["optimizer_step"])

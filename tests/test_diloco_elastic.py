@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,10 @@ def test_after_a_link_was_cut_and_is_back_nothing_is_lost(tmp_path: Path, monkey
     assert toys[0].outer.epoch.number > 1
     undisturbed = train(tmp_path / "whole", cfg=cfg, steps=60)
     assert equal(toys[0].values, undisturbed[0].values), "the same codes were sent again"
+
+
+def test_who_comes_when_all_is_done_does_not_begin_anew(tmp_path: Path) -> None:
+    cfg = config(islands=2)
+    run_toys([Toy(tmp_path, f"island-{index}", cfg, 9) for index in range(2)])
+    with pytest.raises(FactoryTrainError, match="the run is done: island-0"):
+        run_toys([Toy(tmp_path, "island-1", replace(cfg, grace_s=0.5), 9, incarnation=2)])

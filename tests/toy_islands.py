@@ -84,7 +84,7 @@ class Toy:
         def after_failure(epoch: Epoch, survivors: tuple[str, ...], lost: tuple[str, ...], step: int, completed: int) -> dict[str, Any]:
             return Deal.from_json(epoch.deal).next(step, survivors, lost, schedule.sent_step(completed)).to_json()
 
-        planner = Planner(lambda resumes: (0, Deal.opening(cfg.sync_every, resumes).to_json()), after_failure)
+        planner = Planner(lambda resumes: (0, Deal.opening(cfg.sync_every, resumes).to_json()), after_failure, self.steps)
         rules = Rules(tuple(names), cfg.quorum, cfg.silence_s, cfg.grace_s)
         membership = Membership(board, rules, Beat(self.name, self.incarnation), planner, self.record)
         exchange = Exchange(self.name, self.incarnation, Ranks(0, 1), Copies(), board, membership, state, cfg.grace_s)

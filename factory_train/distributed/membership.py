@@ -24,10 +24,12 @@ class Planner:
     Args:
         start: (islands, their own checkpoints' steps) -> step to begin from and its deal.
         after_failure: (epoch, survivors, lost, step, completed) -> the next deal.
+        steps: of the run.
     """
 
     start: Callable[[Mapping[str, tuple[int, ...]]], tuple[int, Mapping[str, Any]]]
     after_failure: Callable[[Epoch, tuple[str, ...], tuple[str, ...], int, int], Mapping[str, Any]]
+    steps: int
 
 
 class Membership:
@@ -157,6 +159,11 @@ class Membership:
             self._after_failure(view, decision)
 
     def _start(self, view: View, islands: tuple[str, ...]) -> None:
+        members = view.epoch.members if view.epoch else {}
+        done = [name for name, beat in view.beats.items() if members.get(name) == beat.incarnation and beat.step >= self._planner.steps]
+        if done:
+            # Beginning from an older checkpoint now would undo what they have done.
+            raise FactoryTrainError(f"the run is done: {', '.join(done)} made its last step", where=f"island {self._beat.island}")
         layouts = {view.beats[name].layout for name in islands}
         if len(layouts) > 1:
             raise FactoryTrainError(
@@ -166,9 +173,9 @@ class Membership:
             )
         step, deal = self._planner.start({name: view.beats[name].resumes for name in islands})
         number = view.epoch.number + 1 if view.epoch else 1
-        members = {name: view.beats[name].incarnation for name in islands}
+        starting = {name: view.beats[name].incarnation for name in islands}
         why = f"begins at step {step}" if view.epoch is None else f"begins anew at step {step}: no member was left"
-        self._publish(Epoch(number, self._lease_number(), members, (), -1, step, True, deal, why))
+        self._publish(Epoch(number, self._lease_number(), starting, (), -1, step, True, deal, why))
 
     def _after_failure(self, view: View, decision: Decision) -> None:
         epoch = view.epoch

@@ -84,6 +84,8 @@ class ProgressView:
         elif kind == "checkpoint-failed":
             fix = f"; {event['fix']}" if event.get("fix") else ""
             self._print(f"{'warning':<10}  no checkpoint of step {event['step']}, training goes on: {event['message']}{fix}")
+        elif kind == "diloco-epoch":
+            self._print(f"{'islands':<10}  {event['message']}")
         elif kind == "init":
             self._print(f"{'init':<10}  {event['message']}")
         elif kind == "profile":
@@ -169,7 +171,7 @@ def failure_lines(attempt: Attempt) -> list[str]:
     if error.get("hint"):
         lines.append(f"  fix: {error['hint']}")
     name = f"rank-{error['rank']:05d}" if stage == "train" else stage
-    return [*lines, f"  log: {attempt.log_path(name)}"]
+    return [*lines, f"  log: {error.get('log_path') or attempt.log_path(name)}"]
 
 
 def _what(error: dict[str, Any]) -> str:

@@ -16,10 +16,11 @@ from factory_train.data.manifest import check_length
 from factory_train.data.mixture import check_set_lengths
 from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
+from factory_train.gangs import island_names
 from factory_train.hardware import Hardware, detect, visible_cards
 from factory_train.launchers import ray_jobs, slurm_queue, slurm_script
 from factory_train.launchers.by_name import is_alive, launcher_named
-from factory_train.launchers.job import Gang, JobHandle, JobSpec
+from factory_train.launchers.job import MAIN_GANG, Gang, JobHandle, JobSpec
 from factory_train.plan import Plan, check_fits, make_plan, resolve_tasks_per_node
 from factory_train.run_dir import Attempt, RunDir
 from factory_train.runs_index import remember_root, runs_root
@@ -67,10 +68,11 @@ class Request:
         # Compute nodes never open a database file: a local one is fed by `sync`, where the person is.
         here = config.launcher.name == "local" or (config.launcher.name == "ray" and config.launcher.address == ray_jobs.OWN)
         tracker = config.tracking.backend != "none" and (here or "://" in (config.tracking.uri or "sqlite"))
+        names = island_names(config.diloco.islands) or (MAIN_GANG,)
         data = [Path(config.data.path)] if config.data.path else []
         return JobSpec(
             attempt=attempt,
-            gangs=(Gang("main", config.launcher.nodes, self.plan.tasks_per_node),),
+            gangs=tuple(Gang(name, config.launcher.nodes, self.plan.tasks_per_node) for name in names),
             environ=self.environ,
             grace_s=config.launcher.grace_s,
             tracker=tracker,
@@ -111,6 +113,8 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
     config = _with_origin(config, root, run)
     config, reason = _with_launcher(config)
     hardware = _hardware(config)
+    if config.diloco.islands:
+        config = _for_islands(config, cache_root(config, root))
     checks.check_world(config, config.launcher.nodes * resolve_tasks_per_node(config, hardware))
     if config.launcher.elastic.min_nodes is not None:
         checks.check_world(config, config.launcher.elastic.min_nodes * resolve_tasks_per_node(config, hardware))
@@ -122,6 +126,22 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
         _check_devices(plan)
     _check_disk(config, plan, run.path if run else root, is_new=run is None, dry_run=dry_run)
     return Request(config, root, plan, run, reason, tuple(argv), force)
+
+
+def _for_islands(config: Config, cache: Path) -> Config:
+    """Returns the configuration with what islands cannot find out by themselves.
+
+    Raises:
+        ConfigError: this launcher starts no islands.
+    """
+    if config.launcher.name != "local":
+        raise ConfigError(
+            f"the {config.launcher.name} launcher starts one world of ranks, not {config.diloco.islands} islands",
+            where="diloco.islands",
+            fix="launcher=local for islands on this machine, or diloco=none",
+        )
+    # An island's directory lies deeper, and the default is relative to the run's.
+    return replace(config, data=replace(config.data, cache_dir=str(cache.absolute())))
 
 
 def _with_origin(config: Config, root: Path, run: RunDir | None) -> Config:

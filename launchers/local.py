@@ -177,7 +177,7 @@ class LocalLauncher:
     def _check(self, job: JobSpec) -> None:
         if len(job.gangs) != 1 or job.gangs[0].nodes != 1:
             raise ConfigError("the local launcher runs one gang on one machine", where="launcher.nodes", fix="launcher.nodes=1")
-        if job.depends_on or job.array_size != 1:
+        if job.depends_on:
             raise ConfigError("the local launcher runs one job at a time, without dependencies", where="launcher.name")
         assert set(job.stages) <= set(STAGES), job.stages
 

@@ -65,7 +65,9 @@ class SlurmHandle:
 
     def logs(self) -> list[Path]:
         newest = self.attempt.run.last_attempt() or self.attempt
-        paths = sorted((newest.path / "logs").glob("*.log")) + sorted(self.attempt.launch.glob("slurm-*.log"))
+        batch = Path(self.job["batch_log"]) if "batch_log" in self.job else None
+        batches = [batch] if batch and batch.is_file() else sorted(self.attempt.launch.glob("slurm-*.log"))
+        paths = sorted((newest.path / "logs").glob("*.log")) + batches
         error = newest.error() or {}
         return sorted(paths, key=lambda path: str(path.relative_to(newest.run.path)) != error.get("log"))
 
@@ -133,14 +135,14 @@ class SlurmLauncher:
         """
         slurm_script.check(job.options)
         attempt = job.attempt
-        storage.write_json(attempt.launch / SPEC_NAME, self._spec(job))
+        storage.write_json(attempt.launch / SPEC_NAME, self.spec(job))
         switches.turn_off(attempt.run, switches.STOP)
         ids: list[str] = []
         try:
             for parameters in self._parameters(job):
                 ids.append(slurm_script.submit(parameters, attempt.launch, self._command(job)))
-            followers = {verb: slurm_script.submit(*self._follower(job, verb, ids[0])) for verb in job.options.then}
-            handle = SlurmHandle(self._job_json(job, ids) | {"then": followers})
+            followers = {verb: slurm_script.submit(*self.follower(job, verb, ids[0])) for verb in job.options.then}
+            handle = SlurmHandle(self.job_json(job, ids) | {"then": followers})
             storage.write_json(attempt.job_path, handle.job)
         except BaseException as error:
             slurm_queue.cancel(ids)
@@ -155,7 +157,7 @@ class SlurmLauncher:
     def describe(self, job: JobSpec) -> str:
         slurm_script.check(job.options)
         scripts = [slurm_script.text(parameters, job.attempt.launch, self._command(job)) for parameters in self._parameters(job)]
-        spec = self._spec(job)
+        spec = self.spec(job)
         (gang,) = job.gangs
         lines = [f"slurm: sbatch of the script below, from {job.attempt.launch}", "", scripts[0].rstrip(), ""]
         if len(scripts) > 1:
@@ -165,7 +167,7 @@ class SlurmLauncher:
             command = slurm_script.stage_command(spec, stage, nodes=nodes, tasks_per_node=tasks)
             lines.append(f"  {stage:8} {shlex.join(command)}")
         for verb in job.options.then:
-            lines.append(f"  then     {self._follower(job, verb, 'JOB')[2].splitlines()[-1]}   (a job with --dependency=afterok)")
+            lines.append(f"  then     {self.follower(job, verb, 'JOB')[2].splitlines()[-1]}   (a job with --dependency=afterok)")
         return "\n".join(lines)
 
     def _parameters(self, job: JobSpec) -> list[dict[str, Any]]:
@@ -178,12 +180,12 @@ class SlurmLauncher:
         # One at a time, in order of submission: Slurm lets jobs of one name and user wait for each other.
         return [first, *([slurm_script.parameters(job.options, gang, name, launch, dependency="singleton")] * job.options.chain)]
 
-    def _follower(self, job: JobSpec, verb: str, after: str) -> tuple[dict[str, Any], Path, str]:
+    def follower(self, job: JobSpec, verb: str, after: str) -> tuple[dict[str, Any], Path, str]:
         """Returns what is submitted for a job that follows: parameters, folder and command."""
         options = replace(job.options, requeue="never", nodelist=None)
         name, launch = f"{job.attempt.run.name}-{verb}", job.attempt.launch
         parameters = slurm_script.parameters(options, Gang("main", 1, 1), name, launch, dependency=f"afterok:{after}")
-        command = slurm_script.verb_command(self._spec(job), self._code(job), [verb, str(job.attempt.run.path)], os.environ)
+        command = slurm_script.verb_command(self.spec(job), self._code(job), [verb, str(job.attempt.run.path)], os.environ)
         return parameters, launch, command
 
     def _code(self, job: JobSpec) -> Path:
@@ -193,7 +195,7 @@ class SlurmLauncher:
         arguments = [str(job.attempt.run.path), str(job.attempt.number)]
         return slurm_script.batch_command(self._code(job), "factory_train.launchers.slurm_batch", arguments, os.environ)
 
-    def _spec(self, job: JobSpec) -> dict[str, Any]:
+    def spec(self, job: JobSpec) -> dict[str, Any]:
         """Returns what the batch script needs to know, and later attempts of the job after it."""
         if len(job.gangs) != 1:
             raise ConfigError("a Slurm job runs one gang", where="launcher.name")
@@ -226,7 +228,8 @@ class SlurmLauncher:
             "tracker_module": self.tracker_module,
         }
 
-    def _job_json(self, job: JobSpec, ids: list[str]) -> dict[str, Any]:
+    def job_json(self, job: JobSpec, ids: list[str]) -> dict[str, Any]:
+        """Returns what `attach` needs of a job that Slurm has taken."""
         return {
             "format_version": 1,
             "launcher": self.name,

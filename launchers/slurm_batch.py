@@ -1,7 +1,7 @@
 """What the batch script runs, on the first node of a job: the stages, the verdict, and whether Slurm is to start it again.
 
-`python -m factory_train.launchers.slurm_batch RUN_DIR ATTEMPT`. A start, a restart and a job of a chain run the same
-command; which attempt it is follows from the run directory and the job's id alone.
+`python -m factory_train.launchers.slurm_batch RUN_DIR ATTEMPT`, or `... ARRAY_FILE` for a point of a sweep. A start, a
+restart and a job of a chain run the same command; which attempt it is follows from the run directory and the job's id alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from factory_train import heartbeat, storage, switches
 from factory_train.errors import ExitCode, FactoryTrainError, FencedError
 from factory_train.heartbeat import Beat
-from factory_train.launchers import attempts, autopsy, slurm_queue, slurm_script
+from factory_train.launchers import attempts, autopsy, slurm_array, slurm_queue, slurm_script
 from factory_train.launchers.child import Child, end_all
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import Inbox
@@ -315,8 +315,9 @@ def main() -> int:
     inbox = Inbox()
     # What SIGHUP means to a terminal it does not mean here.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    run, job_id = RunDir.open(Path(sys.argv[1])), own_job_id(dict(os.environ))
-    attempt = attempts.take(run, int(sys.argv[2]), job_id)
+    job_id = own_job_id(dict(os.environ))
+    folder, number = sys.argv[1:] if len(sys.argv) == 3 else slurm_array.point_of(Path(sys.argv[1]), os.environ["SLURM_ARRAY_TASK_ID"])
+    attempt = attempts.take(RunDir.open(Path(folder)), int(number), job_id)
     if attempt is None:
         return ExitCode.OK
     return Batch(attempt, job_id, slurm_queue.host_names(os.environ["SLURM_JOB_NODELIST"]), inbox).run()

@@ -67,7 +67,7 @@ def warning_s(options: LauncherConfig) -> int:
 
 
 def parameters(
-    options: LauncherConfig, gang: Gang, name: str, launch: Path, *, dependency: str | None = None, array: int = 1
+    options: LauncherConfig, gang: Gang, name: str, launch: Path, *, dependency: str | None = None, array: str | None = None
 ) -> dict[str, Any]:
     """Returns what submitit's SlurmExecutor is told.
 
@@ -75,10 +75,12 @@ def parameters(
         name: of the job.
         launch: where its log goes.
         dependency: as in sbatch --dependency.
-        array: points of an array, 1 for an ordinary job.
+        array: as in sbatch --array; None for an ordinary job.
     """
     requeue = "requeue" if options.requeue == "requeue" else "no-requeue"
-    more: dict[str, Any] = {"output": str(launch / ("slurm-%A_%a.log" if array > 1 else "slurm-%j.log")), requeue: True}
+    more: dict[str, Any] = {"output": str(launch / ("slurm-%A_%a.log" if array else "slurm-%j.log")), requeue: True}
+    if array is not None:
+        more["array"] = array
     if options.reservation is not None:
         more["reservation"] = options.reservation
     if dependency is not None:
@@ -185,6 +187,12 @@ _REFUSALS = (
         "Job violates accounting/QOS policy",
         "launcher.qos",
         "less of launcher.nodes, launcher.time or gpus: a limit of your account or launcher.qos",
+        True,
+    ),
+    (
+        "Invalid job array specification",
+        "--multirun",
+        "fewer points a command, each command with a sweep=NAME: scontrol show config | grep MaxArraySize",
         True,
     ),
     ("Invalid generic resource", "launcher.gres", "launcher.gres=ONE OF: sinfo --format=%G", False),

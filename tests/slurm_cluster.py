@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -129,6 +130,11 @@ def nodes(run: RunDir, attempt: int) -> list[str]:
     return next(event["nodes"] for event in run.attempts()[attempt - 1].events() if event["event"] == "start")
 
 
+def job_id(run: RunDir) -> str:
+    """Returns the job of a run's newest attempt."""
+    return str(json.loads(run.attempts()[-1].job_path.read_text())["job_id"])
+
+
 def told(run: RunDir) -> str:
     """Returns what a failed wait should show."""
     lines = [f"{run.name}: attempts {run.attempt_numbers()}"]
@@ -140,8 +146,6 @@ def told(run: RunDir) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    import json
-
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -19,9 +19,9 @@ from factory_train.config import Config, LauncherConfig
 from factory_train.distributed import process_group as meeting
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
 from factory_train.heartbeat import Beat, Place
-from factory_train.launchers import attempts, slurm_queue, slurm_script
+from factory_train.launchers import attempts, slurm_array, slurm_queue, slurm_script
 from factory_train.launchers.fabric import FABRICS, fabric_environ
-from factory_train.launchers.job import Gang, WorkerEnv
+from factory_train.launchers.job import Gang, JobSpec, WorkerEnv
 from factory_train.launchers.slurm_queue import QueuedJob
 from factory_train.launchers.slurm_task import place
 from factory_train.preemption import Deadline
@@ -45,6 +45,33 @@ def test_a_dry_run_prints_the_script_where_there_is_no_slurm(preset: str, tmp_pa
     script = "\n".join(line.rstrip() for line in script.splitlines()) + "\n"
     assert script == (GOLDEN / f"{preset}.txt").read_text()
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_sweep_prints_the_one_script_of_its_points(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(subprocess.__file__).read_text())
+    words = ("recipe=llama_fsdp", "launcher=slurm", "launcher.sweep_parallel=2", "sweep=grid", f"data.path={text}", *command.SMALL)
+    done = command.run(*words, "-m", "optim.lr=1e-3,2e-3,3e-3", "train.seed=1,2", "tracking=none", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 1
+    assert "#SBATCH --array=1-6%2\n" in done.stdout
+    assert "#SBATCH --job-name=sweep-llama_fsdp-grid\n" in done.stdout
+    folder = tmp_path / "runs" / "sweep-llama_fsdp-grid" / "submissions" / "0001"
+    assert f"#SBATCH --output={folder}/slurm-%A_%a.log\n" in done.stdout
+    assert f"-m factory_train.launchers.slurm_batch {folder}/array-1.json\n" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_points_that_ask_for_different_things_are_arrays_of_their_own(tmp_path: Path) -> None:
+    attempt = new_run(tmp_path)
+    times = {1: "10", 2: "20", 3: "10", 5: "10"}
+    jobs = {number: JobSpec(attempt, (Gang("main", 1, 1),), options=LauncherConfig(time=time)) for number, time in times.items()}
+    found = slurm_array.arrays(jobs, "grid", tmp_path, 2, tmp_path)
+    assert [array.parameters["additional_parameters"]["array"] for array in found] == ["1,3,5%2", "2%1"]
+    assert [array.orders.name for array in found] == ["array-1.json", "array-2.json"]
+    chained = {1: JobSpec(attempt, (Gang("main", 1, 1),), options=LauncherConfig(requeue="chain"))}
+    with pytest.raises(ConfigError, match=r"launcher\.requeue"):
+        slurm_array.arrays(chained, "grid", tmp_path, 2, tmp_path)
 
 
 def test_every_launcher_key_of_sbatch_becomes_its_flag(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import command
 import pytest
 from conftest import REPOSITORY
-from slurm_cluster import GANG, QUICK, ended, losses, nodes, reached, resumed_at, submit, text_file, until
+from slurm_cluster import GANG, QUICK, ended, job_id, losses, nodes, reached, resumed_at, submit, text_file, until
 
 from factory_train.run_dir import RunDir
 
@@ -71,10 +71,6 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
     if before is not None:
         os.environ["SLURM_CONF"] = before
-
-
-def job_id(run: RunDir) -> str:
-    return str(json.loads(run.attempts()[-1].job_path.read_text())["job_id"])
 
 
 def workers(run: RunDir) -> dict[int, int]:

@@ -163,7 +163,7 @@ class CheckpointConfig:
 class LauncherConfig:
     """Where the ranks run."""
 
-    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "slurm"), safe=True)
+    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "allocation", "slurm"), safe=True)
     nodes: int = setting(1, "number of machines", safe=True)
     tasks_per_node: Optional[int] = setting(None, "ranks a machine; null is one a GPU, or 2 without GPUs", safe=True)
     sweep_parallel: int = setting(1, "runs of a sweep that go on at once", safe=True)

@@ -136,7 +136,6 @@ class SlurmLauncher:
         slurm_script.check(job.options)
         attempt = job.attempt
         storage.write_json(attempt.launch / SPEC_NAME, self.spec(job))
-        switches.turn_off(attempt.run, switches.STOP)
         ids: list[str] = []
         try:
             for parameters in self._parameters(job):
@@ -185,15 +184,16 @@ class SlurmLauncher:
         options = replace(job.options, requeue="never", nodelist=None)
         name, launch = f"{job.attempt.run.name}-{verb}", job.attempt.launch
         parameters = slurm_script.parameters(options, Gang("main", 1, 1), name, launch, dependency=f"afterok:{after}")
-        command = slurm_script.verb_command(self.spec(job), self._code(job), [verb, str(job.attempt.run.path)], os.environ)
+        command = slurm_script.verb_command(self.spec(job), self.code(job), [verb, str(job.attempt.run.path)], os.environ)
         return parameters, launch, command
 
-    def _code(self, job: JobSpec) -> Path:
+    def code(self, job: JobSpec) -> Path:
+        """Returns the folder that a job imports this package from."""
         return job.code or Path(factory_train.__file__).absolute().parent.parent
 
     def _command(self, job: JobSpec) -> str:
         arguments = [str(job.attempt.run.path), str(job.attempt.number)]
-        return slurm_script.batch_command(self._code(job), "factory_train.launchers.slurm_batch", arguments, os.environ)
+        return slurm_script.batch_command(self.code(job), "factory_train.launchers.slurm_batch", arguments, os.environ)
 
     def spec(self, job: JobSpec) -> dict[str, Any]:
         """Returns what the batch script needs to know, and later attempts of the job after it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from factory_train import storage, switches
+from factory_train import storage
 from factory_train.errors import ConfigError
 from factory_train.launchers import slurm_queue, slurm_script
 from factory_train.launchers.job import JobSpec
@@ -94,7 +94,6 @@ def submit(launcher: SlurmLauncher, found: Sequence[Array]) -> dict[int, SlurmHa
         for array in found:
             for job in array.points.values():
                 storage.write_json(job.attempt.launch / SPEC_NAME, launcher.spec(job))
-                switches.turn_off(job.attempt.run, switches.STOP)
             elements = {str(number): [str(job.attempt.run.path), job.attempt.number] for number, job in array.points.items()}
             storage.write_json(array.orders, {"format_version": 1, "elements": elements})
             folder = array.orders.parent

@@ -55,6 +55,10 @@ class Batch:
     def __init__(self, attempt: Attempt, job_id: str, nodes: list[str], inbox: Inbox) -> None:
         self._attempt, self._job_id, self._nodes, self._inbox = attempt, job_id, nodes, inbox
         self._spec: dict[str, Any] = storage.read_json(attempt.launch / "slurm.json")
+        # Whether the nodes were there before the job, and whether it ends with the command that started it.
+        self._in_allocation, self._is_attached = "nodes" in self._spec, bool(self._spec.get("attached"))
+        if self._is_attached:
+            inbox.watch_submitter(sys.stdin.fileno())
         self._deadline = slurm_queue.end_time(job_id)
         self._srun: subprocess.Popen[bytes] | None = None
         self._tracker: Child | None = None
@@ -86,6 +90,8 @@ class Batch:
     def _run_stages(self) -> End | None:
         for stage in self._spec["stages"]:
             self._inbox.wait(0)
+            if self._inbox.stop == signal.SIGINT and self._in_allocation:
+                return End("interrupted", ExitCode.INTERRUPTED, f"{self._inbox.why} before stage '{stage}'")
             if self._inbox.stop is not None:
                 return End("preempted", ExitCode.PREEMPTED, f"{self._inbox.why} before stage '{stage}'")
             if switches.is_on(self._attempt.run, switches.STOP):
@@ -125,10 +131,14 @@ class Batch:
             if now >= limit:
                 self._end_srun()
                 return late
+            if self._is_attached and self._inbox.at_once is not None:
+                self._end_srun()
+                why = f"ended at once by a second {signal.Signals(self._inbox.at_once).name}; what followed the last checkpoint is lost"
+                return End("killed", ExitCode.INTERRUPTED, why)
             if self._inbox.stop is not None and not told:
                 told = True
                 self._attempt.record_launch_event("signal", reason=self._inbox.why, stage=stage)
-                self._tell_ranks("TERM")
+                self._tell_ranks()
                 limit, late = now + self._spec["grace_s"], self._unsaved(stage)
             if late is None:
                 late = self._reason_to_end(stage)
@@ -272,9 +282,19 @@ class Batch:
         node = rank // self._spec["gang"]["tasks_per_node"]
         return self._nodes[node] if node < len(self._nodes) else "?"
 
-    def _tell_ranks(self, name: str) -> None:
+    def _tell_ranks(self) -> None:
+        """Asks all ranks to save and stop."""
+        if self._in_allocation and self._inbox.stop == signal.SIGINT:
+            # Seen by rank 0 within seconds. srun takes a SIGINT for a question, and other steps of the allocation are not ours.
+            switches.turn_on(self._attempt.run, switches.STOP)
+            return
+        if self._in_allocation:
+            assert self._srun is not None
+            # Which srun passes on to its tasks.
+            self._srun.send_signal(signal.SIGUSR2)
+            return
         try:
-            slurm_queue.signal_steps(self._job_id, name)
+            slurm_queue.signal_steps(self._job_id, "TERM")
         except FactoryTrainError as error:
             # A job that Slurm is ending takes no signals any more: its ranks have had theirs.
             self._attempt.record_launch_event("signal-failed", reason=str(error).splitlines()[0])

@@ -247,6 +247,9 @@ def stage_command(spec: Mapping[str, Any], stage: str, *, nodes: int, tasks_per_
         # From 22.05 on srun no longer takes this from sbatch. One process of a stage of its own may have the cores of all ranks.
         share = 1 if stage == "train" else spec["tasks_per_node"]
         command.append(f"--cpus-per-task={spec['cpus_per_task'] * share}")
+    if spec.get("nodes"):
+        # Inside an allocation that others may use too: what they hold there is shared, and rank 0 is on the first node.
+        command += [f"--nodelist={','.join(spec['nodes'][:nodes])}", "--overlap"]
     command += spec["srun_args"]
     return [*command, *_in_container(spec, [spec["python"], "-m", "factory_train.launchers.slurm_task", stage])]
 

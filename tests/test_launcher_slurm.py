@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from factory_train.distributed import process_group as meeting
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
 from factory_train.heartbeat import Beat, Place
 from factory_train.launchers import attempts, slurm_array, slurm_queue, slurm_script
+from factory_train.launchers.allocation import Allocation, check_started_once, fill_in, find_allocation
 from factory_train.launchers.fabric import FABRICS, fabric_environ
 from factory_train.launchers.job import Gang, JobSpec, WorkerEnv
 from factory_train.launchers.slurm_queue import QueuedJob
@@ -182,6 +184,33 @@ def test_node_lists_are_read_without_scontrol(text: str, names: list[str]) -> No
 )
 def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int | None) -> None:
     assert slurm_queue.parse_time_s(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("environ", "nodes", "tasks", "gpus"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_TASKS_PER_NODE": "4(x2)"}, ("n1", "n2"), 4, None),
+        ({"SLURM_TASKS_PER_NODE": "1(x2)"}, ("n1", "n2"), 1, None),
+        ({"SLURM_TASKS_PER_NODE": "64,32"}, ("n1", "n2"), 2, None),
+        # One task a node is how many ask for a node whole: cards say how many ranks it has.
+        ({"SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_PER_NODE": "a100:8"}, ("n1", "n2"), None, 8),
+        ({"SLURM_GPUS_ON_NODE": "4"}, ("n1", "n2"), None, 4),
+    ],
+)
+def test_an_allocation_says_how_many_ranks_it_is_for(environ: dict[str, str], nodes: tuple[str, ...], tasks: int | None, gpus: int) -> None:
+    found = find_allocation({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", **environ})
+    assert found == Allocation("7", nodes, tasks, gpus)
+    assert fill_in(LauncherConfig(), found) == {"nodes": 2, "tasks_per_node": tasks, "gpus_per_node": gpus}
+    assert fill_in(LauncherConfig(nodes=2, tasks_per_node=3), found)["tasks_per_node"] == 3
+
+
+def test_an_allocation_that_is_too_small_and_a_command_started_once_a_task_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"launcher\.nodes=2"):
+        fill_in(LauncherConfig(nodes=3), Allocation("7", ("n1", "n2"), 1, None))
+    with pytest.raises(ConfigError, match="started this command 4 times"):
+        check_started_once({"SLURM_STEP_NUM_TASKS": "4"})
+    assert find_allocation({}) is None
+    assert Allocation("7", (socket.gethostname().partition(".")[0],), 1, None).is_here
 
 
 def test_a_job_that_waits_says_what_would_help() -> None:

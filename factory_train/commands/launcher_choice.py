@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
+from typing import Any
 
-from factory_train.config import Config
-from factory_train.errors import ConfigError
+from factory_train.config import Config, LauncherConfig
+from factory_train.errors import ConfigError, PreflightError
 from factory_train.launchers import slurm_queue, slurm_script
+from factory_train.launchers.allocation import check_started_once, fill_in, find_allocation
 
 
 def with_launcher(config: Config) -> tuple[Config, str]:
@@ -21,15 +24,40 @@ def with_launcher(config: Config) -> tuple[Config, str]:
         )
     if name == "slurm":
         slurm_script.check(config.launcher)
-    wait = name == "local" if config.wait is None else config.wait
-    return replace(config, wait=wait, launcher=replace(config.launcher, name=name)), f"{name} ({reason})"
+    options = replace(config.launcher, name=name)
+    if name == "allocation":
+        options = replace(options, **_of_allocation(options))
+    wait = name in ("local", "allocation") if config.wait is None else config.wait
+    return replace(config, wait=wait, launcher=options), f"{name} ({reason})"
+
+
+def _of_allocation(options: LauncherConfig) -> dict[str, Any]:
+    allocation = find_allocation()
+    if allocation is None:
+        raise PreflightError(
+            "this is not inside a Slurm allocation",
+            where="launcher.name",
+            fix="salloc first, or launcher.name=slurm (submits a job), or launcher.name=local (this machine)",
+        )
+    if shutil.which("srun") is None:
+        raise PreflightError(
+            f"no srun here to reach {', '.join(allocation.nodes)}",
+            where="launcher.name",
+            fix="run this outside of the container, or launcher=local for this machine alone",
+        )
+    return fill_in(options, allocation)
 
 
 def _choose_launcher(config: Config) -> tuple[str, str]:
     if config.launcher.name != "auto":
         return config.launcher.name, f"launcher={config.launcher.name}"
-    if "SLURM_JOB_ID" in os.environ:
-        return "local", f"inside allocation {os.environ['SLURM_JOB_ID']}: on this machine of it; launcher=slurm submits a job"
+    allocation = find_allocation()
+    if allocation is not None:
+        check_started_once()
+    if allocation is not None and allocation.is_here:
+        return "local", f"inside allocation {allocation.job_id}, which is this machine; launcher=slurm submits a job"
+    if allocation is not None:
+        return "allocation", f"inside allocation {allocation.job_id}: {', '.join(allocation.nodes)}; launcher=slurm submits a job"
     if slurm_queue.is_installed():
         if slurm_queue.answers():
             return "slurm", "sbatch is here and a controller answers"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from factory_train import checks, storage
+from factory_train import checks, storage, switches
 from factory_train.checkpoint import origin
 from factory_train.commands.launcher_choice import with_launcher
 from factory_train.config import Config, unsafe_changes
@@ -269,6 +269,8 @@ def _taken(request: Request) -> Iterator[Attempt | None]:
 def _new_attempt(request: Request, run: RunDir) -> Attempt:
     last = run.last_attempt()
     forced = unsafe_changes(last.config(), request.config) if last else {}
+    # Whoever starts a run again does not want it stopped any more.
+    switches.turn_off(run, switches.STOP)
     attempt = run.new_attempt(request.config)
     storage.write_json(attempt.path / "plan.json", request.plan.to_json())
     write_snapshot(attempt, request.argv, request.config.plugins)

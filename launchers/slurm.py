@@ -13,7 +13,7 @@ from typing import Any
 import factory_train
 from factory_train import storage, switches
 from factory_train.errors import ConfigError, ExitCode, PreflightError
-from factory_train.launchers import slurm_queue, slurm_script
+from factory_train.launchers import slurm_preflight, slurm_queue, slurm_script
 from factory_train.launchers.job import STAGES, Gang, JobSpec
 from factory_train.launchers.slurm_queue import QueuedJob
 from factory_train.run_dir import Attempt, RunDir
@@ -161,6 +161,9 @@ class SlurmLauncher:
         lines = [f"slurm: sbatch of the script below, from {job.attempt.launch}", "", scripts[0].rstrip(), ""]
         if len(scripts) > 1:
             lines.append(f"{len(scripts) - 1} more of it behind, each with --dependency=singleton")
+        if job.options.preflight:
+            look = slurm_preflight.command(spec, job.attempt.run.path, gang.nodes, self.code(job))
+            lines.append(f"  {'look':8} {shlex.join(look)}")
         for stage in job.stages:
             nodes, tasks = (gang.nodes, gang.tasks_per_node) if stage == "train" else (1, 1)
             command = slurm_script.stage_command(spec, stage, nodes=nodes, tasks_per_node=tasks)
@@ -220,6 +223,7 @@ class SlurmLauncher:
             "cpus_per_task": options.cpus_per_task,
             "gpus": bool(options.gpus_per_node or options.gres),
             "srun_args": list(options.srun_args),
+            "preflight": options.preflight,
             "python": options.python or ("python3" if in_container else sys.executable),
             "container": options.container,
             "container_runtime": options.container_runtime,

@@ -18,12 +18,13 @@ from typing import Any
 from factory_train import heartbeat, storage, switches
 from factory_train.errors import ExitCode, FactoryTrainError, FencedError
 from factory_train.heartbeat import Beat
-from factory_train.launchers import attempts, autopsy, slurm_array, slurm_queue, slurm_script
+from factory_train.launchers import attempts, autopsy, slurm_array, slurm_preflight, slurm_queue, slurm_script
 from factory_train.launchers.child import Child, end_all
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import Inbox
 from factory_train.launchers.job import WorkerEnv
 from factory_train.launchers.pulse import Pulse
+from factory_train.launchers.slurm_restart import Restart
 from factory_train.run_dir import Attempt, RunDir
 
 _BY_USER = (ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.NOT_FOUND)
@@ -53,8 +54,10 @@ class Batch:
     """
 
     def __init__(self, attempt: Attempt, job_id: str, nodes: list[str], inbox: Inbox) -> None:
-        self._attempt, self._job_id, self._nodes, self._inbox = attempt, job_id, nodes, inbox
+        self._attempt, self._job_id, self._inbox = attempt, job_id, inbox
         self._spec: dict[str, Any] = storage.read_json(attempt.launch / "slurm.json")
+        # An allocation may have more nodes than the job wants.
+        self._nodes = nodes[: self._spec["gang"]["nodes"]]
         # Whether the nodes were there before the job, and whether it ends with the command that started it.
         self._in_allocation, self._is_attached = "nodes" in self._spec, bool(self._spec.get("attached"))
         if self._is_attached:
@@ -63,6 +66,9 @@ class Batch:
         self._srun: subprocess.Popen[bytes] | None = None
         self._tracker: Child | None = None
         self._pulse = Pulse(attempt)
+        self._restart = Restart(attempt, job_id, self._spec["requeue"])
+        # Nodes that the next attempt should do without.
+        self._bad_nodes: list[str] = []
 
     def run(self) -> int:
         """Runs the stages, writes the verdict, asks for a restart where one makes sense; returns the job's exit code."""
@@ -88,6 +94,8 @@ class Batch:
             end_all([self._tracker] if self._tracker else [], gently=True)
 
     def _run_stages(self) -> End | None:
+        if self._spec["preflight"] and (end := self._look_at_nodes()):
+            return end
         for stage in self._spec["stages"]:
             self._inbox.wait(0)
             if self._inbox.stop == signal.SIGINT and self._in_allocation:
@@ -148,6 +156,26 @@ class Batch:
             self._pulse.beat()
             self._inbox.wait(min(1.0, max(0.0, limit - now)))
         return self._ended(stage, srun.returncode)
+
+    def _look_at_nodes(self) -> End | None:
+        """Looks at every node of the job; returns the end of this attempt where one must be left out."""
+        attempt = self._attempt
+        with slurm_preflight.Look(attempt, self._spec, self._nodes) as look:
+            while not look.is_over():
+                if self._inbox.stop is not None:
+                    return End("preempted", ExitCode.PREEMPTED, f"{self._inbox.why} before stage 'prepare'")
+                if switches.is_on(attempt.run, switches.STOP):
+                    return End("interrupted", ExitCode.INTERRUPTED, "stopped before stage 'prepare'")
+                self._pulse.beat()
+                self._inbox.wait(1.0)
+        bad = look.conclude()
+        if not bad:
+            return None
+        reason = f"preflight: {slurm_preflight.in_words(bad)}"
+        if slurm_preflight.is_everywhere(bad, self._nodes):
+            return End("failed-user", ExitCode.PREFLIGHT, reason)
+        self._bad_nodes = list(bad)
+        return End("failed-transient", ExitCode.PREFLIGHT, reason)
 
     def _reason_to_end(self, stage: str) -> End | None:
         """Returns why a stage must not go on: a rank that has stopped, a switch, the time limit."""
@@ -232,40 +260,10 @@ class Batch:
         verdict = attempt.verdict()
         outcome, code = (verdict.outcome, verdict.exit_code) if verdict else (end.outcome, end.exit_code)
         if outcome == "preempted" or (outcome == "failed-transient" and fruitless < attempts.MOST_FRUITLESS):
-            self._go_on()
+            self._restart.ask(bad_nodes=self._bad_nodes)
         else:
-            self._end_chain()
+            self._restart.end_chain()
         return code
-
-    def _go_on(self) -> None:
-        """Has Slurm start the job again, unless it means to already, or the next of a chain follows, or nobody wants it."""
-        attempt = self._attempt
-        attempt.check_fence("asking for a restart")
-        if switches.is_on(attempt.run, switches.STOP):
-            return
-        if self._spec["requeue"] != "requeue":
-            attempt.record_launch_event("no-requeue", reason=f"launcher.requeue={self._spec['requeue']}")
-            return
-        state = slurm_queue.job_state(self._job_id)
-        if state not in ("RUNNING", "SUSPENDED"):
-            # Slurm is ending the job: to start it again (preemption, lost node), or because somebody cancelled it.
-            attempt.record_launch_event("no-requeue", reason=f"Slurm has the job in state {state}")
-            return
-        try:
-            attempt.record_launch_event("requeue", job_id=self._job_id)
-            slurm_queue.run("scontrol", "requeue", self._job_id)
-        except FactoryTrainError as error:
-            attempt.record_launch_event("requeue-failed", reason=str(error).splitlines()[0])
-
-    def _end_chain(self) -> None:
-        """Takes the jobs behind this one out of the queue: there is nothing left for them."""
-        job = storage.read_json(self._attempt.job_path) or {"job_ids": []}
-        behind = [job_id for job_id in job["job_ids"] if job_id != self._job_id]
-        if behind:
-            try:
-                slurm_queue.cancel(behind)
-            except FactoryTrainError as error:
-                self._attempt.record_launch_event("chain-left", reason=str(error).splitlines()[0])
 
     def _master(self) -> str:
         """Returns the first node's name, or its address where the name means nothing here."""

@@ -180,7 +180,7 @@ _REFUSALS = (
     (
         "Requested node configuration is not available",
         "launcher.nodes",
-        "FEWER of launcher.nodes, gpus_per_node, cpus_per_task or memory: sinfo -N -l",
+        "FEWER of launcher.nodes, gpus_per_node, gres, cpus_per_task or memory: sinfo -N -l",
         False,
     ),
     (
@@ -251,17 +251,17 @@ def stage_command(spec: Mapping[str, Any], stage: str, *, nodes: int, tasks_per_
         # Inside an allocation that others may use too: what they hold there is shared, and rank 0 is on the first node.
         command += [f"--nodelist={','.join(spec['nodes'][:nodes])}", "--overlap"]
     command += spec["srun_args"]
-    return [*command, *_in_container(spec, [spec["python"], "-m", "factory_train.launchers.slurm_task", stage])]
+    return [*command, *in_container(spec, [spec["python"], "-m", "factory_train.launchers.slurm_task", stage])]
 
 
 def verb_command(spec: Mapping[str, Any], code: Path, words: Sequence[str], environ: Mapping[str, str]) -> str:
     """Returns the last lines of the script of a job that follows: one verb of the command line, in one process."""
     exports = batch_command(code, "", [], environ).rpartition("\n")[0]
     srun = ["exec", "srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--input=none", "--unbuffered", *spec["srun_args"]]
-    return exports + "\n" + shlex.join([*srun, *_in_container(spec, [spec["python"], "-m", "factory_train", *words])])
+    return exports + "\n" + shlex.join([*srun, *in_container(spec, [spec["python"], "-m", "factory_train", *words])])
 
 
-def _in_container(spec: Mapping[str, Any], inside: list[str]) -> list[str]:
+def in_container(spec: Mapping[str, Any], inside: list[str]) -> list[str]:
     """Returns the end of an srun command line: what it runs, in the image where there is one."""
     if spec["container"] is None:
         return inside

@@ -20,7 +20,7 @@ from factory_train.config import Config, LauncherConfig
 from factory_train.distributed import process_group as meeting
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
 from factory_train.heartbeat import Beat, Place
-from factory_train.launchers import attempts, slurm_array, slurm_queue, slurm_script
+from factory_train.launchers import attempts, slurm_array, slurm_preflight, slurm_queue, slurm_script
 from factory_train.launchers.allocation import Allocation, check_started_once, fill_in, find_allocation
 from factory_train.launchers.fabric import FABRICS, fabric_environ
 from factory_train.launchers.job import Gang, JobSpec, WorkerEnv
@@ -275,6 +275,16 @@ def begun(tmp_path: Path) -> Attempt:
     attempt = new_run(tmp_path)
     (attempt.path / "job.json").write_text('{"launcher": "slurm", "job_id": "7", "job_ids": ["7"]}')
     return attempt
+
+
+def test_a_preflight_names_the_nodes_that_are_ill_and_those_that_say_nothing() -> None:
+    said = "n1: no nvidia-smi: GPUs not looked at\nn1: ok\nn2: BAD the clock is 9 s off\nn2: BAD 3 GPUs, 4 expected\nsrun: n2 failed\n"
+    bad = slurm_preflight.read(said, ["n1", "n2", "n3"])
+    assert bad == {"n2": ["the clock is 9 s off", "3 GPUs, 4 expected"], "n3": ["did not answer"]}
+    assert slurm_preflight.in_words(bad) == "n2: the clock is 9 s off, 3 GPUs, 4 expected; n3: did not answer"
+    assert not slurm_preflight.is_everywhere(bad, ["n1", "n2", "n3"])
+    assert slurm_preflight.is_everywhere(bad, ["n2", "n3"])
+    assert not slurm_preflight.is_everywhere({"n1": ["full"]}, ["n1"]), "another node may do"
 
 
 def test_the_first_start_takes_the_submitted_attempt_and_a_restart_makes_the_next(tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ class Cluster:
     Args:
         folder: for its state.
         limits: with accounting and limits that are enforced.
+        user_signal: whether ranks of a job that is preempted get its --signal first; else SIGTERM is all they get.
     """
 
-    def __init__(self, folder: Path, *, limits: bool = False) -> None:
+    def __init__(self, folder: Path, *, limits: bool = False, user_signal: bool = True) -> None:
         needed = ["munged", "slurmctld", "slurmd", "sbatch", *(["slurmdbd", "mariadbd"] if limits else [])]
         path = os.environ["PATH"] + ":/usr/sbin:/sbin"
         missing = [name for name in needed if shutil.which(name, path=path) is None]
@@ -44,9 +45,10 @@ class Cluster:
             pytest.skip(f"no {', '.join(missing)} here: apt-get install --no-install-recommends {packages}")
         on = "1" if limits else "0"
         # Sockets have short names; two test sessions must not share ports.
-        self._folder = Path("/tmp") / f"slurm-{os.getpid()}-{on}"
+        self._folder = Path("/tmp") / f"slurm-{os.getpid()}-{on}-{user_signal:d}"
         port = str(next(base for base in random.sample(range(17000, 31000, 1000), 14) if _is_free(base + 900) and _is_free(base + 1)))
         self._environ = os.environ | {"LS_DIR": str(self._folder), "LS_ACCT": on, "LS_LIMITS": on, "LS_ETC": "0", "LS_PORT": port}
+        self._environ["LS_USERSIG"] = f"{user_signal:d}"
         self.conf = self._folder / "etc" / "slurm.conf"
         self.state = folder
 
@@ -56,11 +58,14 @@ class Cluster:
         except BaseException:
             self.script("clean")
             raise
+        self._before = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(self.conf)
         return self
 
     def __exit__(self, *_: object) -> None:
         os.environ.pop("SLURM_CONF", None)
+        if self._before is not None:
+            os.environ["SLURM_CONF"] = self._before
         self.script("clean")
 
     def script(self, *words: str) -> str:

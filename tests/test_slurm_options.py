@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from checkpoint_cases import new_run
+from slurm_cluster import until
 
 from factory_train.config import LauncherConfig
 from factory_train.errors import PreflightError
+from factory_train.launchers import slurm_queue
 from factory_train.launchers.job import Gang, JobSpec
 from factory_train.launchers.slurm import SlurmHandle, SlurmLauncher
 
@@ -139,3 +141,37 @@ def test_a_key_is_read_back_from_the_job_or_refused(cluster: Cluster, tmp_path: 
         assert proof.text in said, json.dumps(said)
     finally:
         cluster.slurm("scancel", *ids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason", "override"),
+    [
+        ({"nodes": 9}, "PartitionNodeLimit", "launcher.nodes=FEWER"),
+        ({"partition": "tiny", "time": "60"}, "PartitionTimeLimit", "launcher.time=SHORTER"),
+        ({"nodelist": "node4"}, "ReqNodeNotAvail", "launcher.nodelist"),
+        ({"partition": "urgent"}, "PartitionDown", "the partition is down"),
+    ],
+    ids=["nodes", "time", "drained", "partition"],
+)
+def test_what_this_slurm_accepts_and_never_starts_is_explained(
+    cluster: Cluster, tmp_path: Path, settings: dict[str, Any], reason: str, override: str
+) -> None:
+    """Without EnforcePartLimits, most of what cannot run waits for ever."""
+    cluster.slurm("scontrol", "update", "nodename=node4", "state=drain", "reason=test")
+    cluster.slurm("scontrol", "update", "partitionname=urgent", "state=down")
+    options = replace(LauncherConfig(nodes=1, tasks_per_node=1), **settings)
+    handle = SlurmLauncher().submit(JobSpec(new_run(tmp_path), (Gang("main", options.nodes, 1),), options=options))
+    try:
+
+        def why() -> str:
+            slurm_queue.forget()
+            job = handle.queued()
+            return job.why if job else "not in the queue"
+
+        until(lambda: reason in why(), 30, why)
+        assert override in why()
+        assert handle.status() == "pending"
+    finally:
+        cluster.slurm("scancel", *handle.job_ids)
+        cluster.slurm("scontrol", "update", "nodename=node4", "state=resume")
+        cluster.slurm("scontrol", "update", "partitionname=urgent", "state=up")

@@ -276,6 +276,19 @@ def test_a_save_switch_saves_and_training_goes_on(undisturbed: RunDir, folder: P
     assert not (run.path / "switches" / "save").exists()
 
 
+def test_a_stop_switch_saves_and_ends_the_run(cluster: Cluster, folder: Path) -> None:
+    run = submit(folder, "touched", "train.steps=4000")
+    reached(run, 20)
+    (run.path / "switches").mkdir(exist_ok=True)
+    (run.path / "switches" / "stop").touch()
+    ended(run, "interrupted")
+    verdict = run.attempts()[0].verdict()
+    assert verdict is not None
+    assert (run.checkpoints / f"step-{verdict.step:08d}").is_dir()
+    until(lambda: not cluster.slurm("squeue", "--noheader").strip())
+    assert len(run.attempts()) == 1
+
+
 def test_a_chain_goes_on_where_requeue_is_not_wanted(cluster: Cluster, undisturbed: RunDir, folder: Path) -> None:
     run = submit(folder, "chain", STEPS, "launcher.requeue=chain", "launcher.chain=2")
     reached(run, 30)

@@ -28,8 +28,8 @@ def points(folder: Path, name: str, count: int) -> list[RunDir]:
 
 
 def test_a_grid_is_one_array_and_what_happens_to_a_point_happens_to_no_other(cluster: Cluster, tmp_path: Path) -> None:
-    """Of six points one is requeued, one is stopped by name, one is cancelled by its element."""
-    words = (*WORDS, *GRID, "sweep=grid", "train.steps=150", f"data.path={text_file(tmp_path)}")
+    """Of six points one is requeued, two are stopped by name, one is cancelled by its element."""
+    words = (*WORDS, *GRID, "sweep=grid", "train.steps=500", "checkpoint.every_steps=100", f"data.path={text_file(tmp_path)}")
     submitted = command.run(*words, cwd=tmp_path)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     runs = points(tmp_path, "grid", 6)
@@ -48,8 +48,11 @@ def test_a_grid_is_one_array_and_what_happens_to_a_point_happens_to_no_other(clu
     running = cluster.slurm("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
     assert 1 <= len(running) <= 2
     cluster.slurm("scontrol", "requeue", ids[0])
+    reached(runs[1], 20)
+    stopped = command.run("stop", runs[1].name, cwd=tmp_path)
+    assert "interrupted by the user; saved at step" in stopped.stdout, stopped.stdout + stopped.stderr
 
-    for run in runs[:4]:
+    for run in (runs[0], *runs[2:4]):
         ended(run, timeout_s=300)
     assert [len(run.attempts()) for run in runs] == [2, 1, 1, 1, 1, 1]
     first = runs[0].attempts()[0].verdict()
@@ -61,10 +64,10 @@ def test_a_grid_is_one_array_and_what_happens_to_a_point_happens_to_no_other(clu
 
     report = command.run("report", "grid", cwd=tmp_path)
     assert report.returncode == 0, report.stdout + report.stderr
-    assert "4 done" in report.stdout
+    assert "3 done" in report.stdout
     sweep = SweepDir(tmp_path / "runs" / "sweep-llama_fsdp-grid")
     states = {result.point.number: result.state for result in read_results(sweep).points}
-    assert states == {1: "done", 2: "done", 3: "done", 4: "done", 5: "lost", 6: "interrupted"}
+    assert states == {1: "done", 2: "interrupted", 3: "done", 4: "done", 5: "lost", 6: "interrupted"}
 
     log = command.run("logs", runs[0].name, cwd=tmp_path)
     assert log.returncode == 0, log.stdout + log.stderr
@@ -73,7 +76,7 @@ def test_a_grid_is_one_array_and_what_happens_to_a_point_happens_to_no_other(clu
     # The same command goes on with what is left, as an array of what is left.
     again = command.run(*words, "wait=true", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("done before") == 5
+    assert again.stdout.count("done before") == 4
     assert "6 done" in again.stdout
 
 

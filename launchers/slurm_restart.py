@@ -45,11 +45,9 @@ class Restart:
             # Slurm is ending the job: to start it again (preemption, lost node), or because somebody cancelled it.
             attempt.record_launch_event("no-requeue", reason=f"Slurm has the job in state {state}")
             return
-        try:
-            attempt.record_launch_event("requeue", job_id=self._job_id)
-            slurm_queue.run("scontrol", "requeue", self._job_id)
-        except FactoryTrainError as error:
-            attempt.record_launch_event("requeue-failed", reason=str(error).splitlines()[0])
+        attempt.record_launch_event("requeue", job_id=self._job_id)
+        if (why := self._requeue()) is not None:
+            attempt.record_launch_event("requeue-failed", reason=why)
             return
         # Slurm takes no other nodes for a job that runs, but does from now on, and leaves this process KillWait to say so.
         self._leave_out(bad_nodes, [self._job_id])
@@ -61,6 +59,21 @@ class Restart:
                 slurm_queue.cancel(behind)
             except FactoryTrainError as error:
                 self._attempt.record_launch_event("chain-left", reason=str(error).splitlines()[0])
+
+    def _requeue(self) -> str | None:
+        """Returns why Slurm would not start the job again, None where it will."""
+        why = None
+        for _ in range(_TRIES):
+            try:
+                slurm_queue.run("scontrol", "requeue", self._job_id)
+                return None
+            except FactoryTrainError as error:
+                # The end of this job reaches every process of it: the very scontrol that asked for it, too.
+                why = str(error).splitlines()[0]
+                if slurm_queue.job_state(self._job_id) not in ("RUNNING", "SUSPENDED", None):
+                    return None
+                time.sleep(_PAUSE_S)
+        return why
 
     def _leave_out(self, nodes: Sequence[str], job_ids: Sequence[str]) -> None:
         """Keeps jobs that come next away from some nodes."""
@@ -79,7 +92,6 @@ class Restart:
                 slurm_queue.exclude_nodes(job_id, nodes)
                 return None
             except FactoryTrainError as error:
-                # The end of this job reaches every process of it: a scontrol that just runs, too.
                 why = str(error).splitlines()[0]
                 time.sleep(_PAUSE_S)
         return why

@@ -25,6 +25,7 @@ from factory_train.launchers.allocation import Allocation, check_started_once, f
 from factory_train.launchers.fabric import FABRICS, fabric_environ
 from factory_train.launchers.job import Gang, JobSpec, WorkerEnv
 from factory_train.launchers.slurm_queue import QueuedJob
+from factory_train.launchers.slurm_restart import Restart
 from factory_train.launchers.slurm_task import place
 from factory_train.preemption import Deadline
 from factory_train.run_dir import Attempt
@@ -340,6 +341,25 @@ def test_a_newer_checkpoint_or_a_new_submission_begins_the_count_anew(tmp_path: 
     shutil.rmtree(run.checkpoints / "step-00000020")
     attempt.record_launch_event("submit")
     assert attempts.count_fruitless(run) == 1
+
+
+@pytest.mark.parametrize(("states", "event"), [(["RUNNING", "COMPLETING"], "exclude"), (["RUNNING"] * 5, "requeue-failed")])
+def test_a_requeue_whose_command_dies_with_the_job_counts_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: list[str], event: str
+) -> None:
+    """Slurm ends every process of the job, the scontrol that asked for it among them."""
+    attempt = begun(tmp_path)
+    excluded: list[str] = []
+
+    def killed(*command: str) -> str:
+        raise UnavailableError("scontrol failed", where="Slurm", fix="scontrol ping")
+
+    monkeypatch.setattr(slurm_queue, "run", killed)
+    monkeypatch.setattr(slurm_queue, "job_state", lambda job_id: states.pop(0))
+    monkeypatch.setattr(slurm_queue, "exclude_nodes", lambda job_id, nodes: excluded.extend(nodes))
+    Restart(attempt, "7", "requeue").ask(bad_nodes=["n2"])
+    assert attempt.events()[-1]["event"] == event
+    assert excluded == (["n2"] if event == "exclude" else [])
 
 
 def test_a_deadline_leaves_room_for_the_measured_save(monkeypatch: pytest.MonkeyPatch) -> None:

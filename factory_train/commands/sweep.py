@@ -145,6 +145,12 @@ def _prepare(overrides: Sequence[str], argv: Sequence[str], config_dir: str | No
         raise ConfigError(
             "somebody has to wait for the runs of a sweep, to start the next and to compare them", where="wait", fix="wait=true"
         )
+    if requests[0].config.launcher.name == "allocation" and together > 1:
+        raise ConfigError(
+            "every point takes the whole allocation, so they run one after the other",
+            where="launcher.sweep_parallel",
+            fix="launcher.sweep_parallel=1; launcher=slurm makes an array of them",
+        )
     if not dry_run:
         sweep_local.check_disk(requests, together)
     if requests[0].config.launcher.name == "local":

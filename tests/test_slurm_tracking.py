@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from mlflow_server import mlflow_server
-from slurm_cluster import ended, job_id, losses, reached, submit
+from slurm_cluster import ended, job_id, losses, reached, submit, until
 
 from factory_train.tracking.store import open_store
 
@@ -25,10 +25,12 @@ def test_a_disturbed_run_is_one_run_in_mlflow_with_every_step_once(cluster: Clus
         ended(run)
         assert len(run.attempts()) == 2
         store = open_store(uri, "factory_train")
+        # The syncer of the job sends the rest after the verdict.
+        until(lambda: [item.info.status for item in store.client.search_runs([store.experiment_id])] == ["FINISHED"])
         (found,) = store.client.search_runs([store.experiment_id])
         assert found.info.run_name == run.name
-        assert found.info.status == "FINISHED"
-        history = store.client.get_metric_history(found.info.run_id, "train/loss")
-        assert [metric.step for metric in sorted(history, key=lambda metric: metric.step)] == list(range(1, 101))
+        history = sorted(store.client.get_metric_history(found.info.run_id, "train/loss"), key=lambda metric: metric.step)
+        assert [metric.step for metric in history] == list(range(1, 101))
         assert {metric.step: metric.value for metric in history} == losses(run)
-        assert store.client.search_model_versions(f"run_id='{found.info.run_id}'")
+        (version,) = store.client.search_model_versions("name = 'llama_fsdp'")
+        assert version.run_id == found.info.run_id

@@ -18,7 +18,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from factory_train.config import Config
-from factory_train.data.manifest import DataManifest, cache_root
+from factory_train.data.catalog import cache_root
+from factory_train.data.manifest import DataManifest
 from factory_train.data.prepare import copy_for_run, prepare
 from factory_train.distributed.parallelize import initialize_parameters
 from factory_train.distributed.process_group import choose_device, process_group

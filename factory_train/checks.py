@@ -52,6 +52,7 @@ _POSITIVE = (
     "launcher.nodes",
     "launcher.tasks_per_node",
     "launcher.sweep_parallel",
+    "launcher.elastic.min_nodes",
     "tracking.sync_every_s",
     "hardware.memory_bytes",
     "hardware.peak_flops",
@@ -68,6 +69,7 @@ _NOT_NEGATIVE = (
     "launcher.grace_s",
     "launcher.hang_s",
     "launcher.stall_s",
+    "launcher.elastic.wait_s",
     "train.gc_every_steps",
     "evaluation.sample_tokens",
     "evaluation.temperature",
@@ -305,6 +307,13 @@ def _check_training(config: Config) -> None:
             where="train.loss_impl",
             fix="train.loss_impl=plain",
         )
+    for key in ("state", "master"):
+        if getattr(optim, key) != "fp32" and optim.name in ("adamw", "muon"):
+            raise ConfigError(
+                f"optim.name={optim.name} keeps float32 and nothing else",
+                where=f"optim.{key}",
+                fix=f"optim=adamw_fused, or optim.{key}=fp32",
+            )
     if optim.warmup_steps >= train.steps and optim.warmup_steps > 0:
         raise ConfigError(
             f"{optim.warmup_steps} steps of warm-up do not end within {train.steps} steps",
@@ -328,6 +337,19 @@ def _check_precision(config: Config) -> None:
     if "float64" in wide.values() and set(wide.values()) != {"float64"}:
         mixed = ", ".join(f"{name} {value}" for name, value in wide.items())
         raise ConfigError(f"float64 is for all of it or none ({mixed})", where="precision", fix="precision=fp64, or precision=fp32")
+
+    if config.optim.name == "adamw_fused" and precision.params != "float32":
+        raise ConfigError(
+            f"optim.name=adamw_fused has a float32 master, and precision.params={precision.params}",
+            where="optim.name",
+            fix="optim=adamw, or precision=fp32",
+        )
+    if config.optim.master == "split" and precision.compute != "bfloat16":
+        raise ConfigError(
+            f"optim.master=split keeps bf16 weights in the model, and precision.compute={precision.compute}",
+            where="optim.master",
+            fix="precision=bf16, or optim.master=fp32",
+        )
 
 
 def _check_profile(config: Config) -> None:

@@ -23,6 +23,7 @@ VERBS = {
     "logs": "a run's log; -f follows it",
     "stop": "save, then end a run",
     "resume": "continue a run from its newest checkpoint",
+    "prepare": "text, JSON lines or parquet to token shards, for data.path",
     "evaluate": "measure a run's model on its validation text",
     "generate": "continue a prompt with a run's model",
     "checkpoint": "list, verify, show, diff, prune and mark checkpoints",

@@ -166,6 +166,8 @@ def _finish(composed: Any, parsed: Sequence[Override]) -> Config:
 
 
 def _assign(composed: Any, key: str, value: Any) -> None:
+    from omegaconf import open_dict
+
     *parents, last = key.split(".")
     node = composed
     for depth, name in enumerate(parents, start=1):
@@ -173,7 +175,9 @@ def _assign(composed: Any, key: str, value: Any) -> None:
             # A section that is null comes into being when one of its keys is named.
             node[name] = sections()[".".join(parents[:depth])].type()
         node = node[name]
-    node[last] = value
+    # A mapping from names takes names that it does not have yet.
+    with open_dict(node):
+        node[last] = value
 
 
 def _with_text_for_path(config: Config, parsed: Sequence[Override]) -> Config:
@@ -193,6 +197,7 @@ def _make_paths_absolute(config: Config) -> None:
         value = getattr(owner, name)
         if value is not None:
             setattr(owner, name, str(Path(value).expanduser().absolute()))
+    config.data.sets = {name: str(Path(folder).expanduser().absolute()) for name, folder in config.data.sets.items()}
 
 
 def _translated(error: Exception, where: str | None) -> Exception:

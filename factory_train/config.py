@@ -22,8 +22,8 @@ def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), safe: boo
     metadata = {"help": help, "choices": choices, "safe": safe}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -69,11 +69,19 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    name: str = setting("builtin", "builtin: this Python's standard library; text: the file at data.path")
-    path: Optional[str] = setting(None, "a UTF-8 text file to train on; setting it selects data.name=text")
+    name: str = setting("builtin", "builtin: this Python's standard library; text: what is at data.path")
+    path: Optional[str] = setting(None, "a UTF-8 text file to train on, or a folder that prepare made")
     tokenizer: str = setting("bpe", "bpe is trained on the training split", choices=("bpe", "byte", "char"))
     vocab_size: int = setting(4096, "vocabulary of the trained BPE tokenizer, at most")
     validation_fraction: float = setting(0.05, "part of the text held out for validation")
+    packing: str = setting(
+        "concatenate",
+        "document: rows of whole documents, which do not see each other; concatenate: the text as it is, cut into rows",
+        choices=("concatenate", "document"),
+    )
+    sets: dict[str, str] = setting({}, "a mixture: folders that prepare made, by name: {web:FOLDER,code:FOLDER}")
+    weights: dict[str, float] = setting({}, "part of the samples that comes from each of data.sets; by their tokens if left out")
+    phases: list[dict[str, float]] = setting([], "weights that change: [{until_step:800,web:9,code:1},{web:1,code:1}]")
     cache_dir: Optional[str] = setting(None, "prepared data, shared by runs; null is <runs_root>/.data", safe=True)
 
 
@@ -111,6 +119,8 @@ class OptimConfig:
     ns_steps: int = setting(5, "muon: iterations that make an update orthogonal")
     eps: float = setting(1e-8, "added to the root of the second moment")
     weight_decay: float = setting(0.1, "decoupled decay of matrices; norms are not decayed")
+    state: str = setting("fp32", "adamw_fused: how moments are kept", choices=("fp32", "bf16", "int8"), safe=True)
+    master: str = setting("fp32", "adamw_fused: split is a bf16 weight and the rest of float32", choices=("fp32", "split"), safe=True)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns clipping off")
     schedule: str = setting("wsd", "shape after warm-up")
     warmup_steps: int = setting(20, "steps of linear warm-up")
@@ -160,16 +170,28 @@ class CheckpointConfig:
 
 
 @dataclass
+class ElasticConfig:
+    """Going on with fewer nodes than a run was started with; Ray only."""
+
+    min_nodes: Optional[int] = setting(None, "Ray: after a loss go on with as few nodes as this; null waits for all", safe=True)
+    wait_s: float = setting(30.0, "Ray: seconds to wait for all of launcher.nodes before fewer are taken", safe=True)
+
+
+@dataclass
 class LauncherConfig:
     """Where the ranks run."""
 
-    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "allocation", "slurm"), safe=True)
+    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "allocation", "slurm", "ray"), safe=True)
+    address: Optional[str] = setting(
+        None, "Ray: dashboard of the cluster (http://HOST:8265), or local for one of our own; null is $RAY_ADDRESS", safe=True
+    )
+    elastic: ElasticConfig = setting(ElasticConfig, "elastic")
     nodes: int = setting(1, "number of machines", safe=True)
     tasks_per_node: Optional[int] = setting(None, "ranks a machine; null is one a GPU, or 2 without GPUs", safe=True)
     sweep_parallel: int = setting(1, "runs of a sweep that go on at once", safe=True)
     grace_s: float = setting(120.0, "seconds the ranks have to save after a stop signal before they are ended", safe=True)
-    hang_s: float = setting(120.0, "Slurm: a rank silent for so long, while another is not, has stopped; 0 never", safe=True)
-    stall_s: float = setting(1800.0, "Slurm: training that makes no step for so long has stopped; 0 never", safe=True)
+    hang_s: float = setting(120.0, "Slurm, Ray: a rank silent for so long, while another is not, has stopped; 0 never", safe=True)
+    stall_s: float = setting(1800.0, "Slurm, Ray: training that makes no step for so long has stopped; 0 never", safe=True)
     fabric: str = setting("auto", "network settings of NCCL and gloo", choices=("auto", "ib", "roce", "efa", "tcp", "loopback"), safe=True)
     interface: Optional[str] = setting(None, "network interface ranks talk over (eth0); null leaves it to them", safe=True)
     account: Optional[str] = setting(None, "Slurm account that is charged", safe=True)
@@ -199,7 +221,7 @@ class LauncherConfig:
     warn_s: int = setting(120, "seconds before the time limit at which Slurm warns the ranks", safe=True)
     requeue: str = setting(
         "requeue",
-        "what goes on after a preemption or a lost node: the job again, one of the chain behind it, or nothing",
+        "what goes on after a preemption or a lost node: the job again, one of the chain behind it (Slurm), or nothing",
         choices=("requeue", "chain", "never"),
         safe=True,
     )
@@ -320,9 +342,11 @@ def _dataclass_in(hint: Any) -> type | None:
 def flatten(config: Config) -> dict[str, Any]:
     """Returns the configuration as one flat mapping of dotted keys to leaf values."""
 
+    keys = {key.name for key in schema_keys()}
+
     def walk(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, inner in value.items():
-            if isinstance(inner, Mapping):
+            if isinstance(inner, Mapping) and prefix + name not in keys:
                 yield from walk(inner, f"{prefix}{name}.")
             else:
                 yield prefix + name, inner

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt
 
-# What a rank does within a step, in order. The reduction comes last: who is in it waits for the others.
+# What a rank does within a step, in order, and after it. Who is in the reduction waits for the others.
 PHASES = ("start", "data", "compute", "reduce", "update", "save", "validate")
 _WIDTH = 96
 
@@ -45,8 +45,9 @@ class Place:
         self.now: tuple[int, str, float] = (-1, "start", time.time())
 
     def enter(self, step: int, phase: str) -> None:
-        """Notes that `phase` of step `step` begins. One assignment: it costs nothing."""
-        self.now = (step, phase, time.time())
+        """Notes that `phase` of step `step` begins, or goes on. One assignment: it costs nothing."""
+        if self.now[:2] != (step, phase):
+            self.now = (step, phase, time.time())
 
 
 def keep_beating(path: Path, place: Place, look: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from factory_train.config import TrainConfig
-from factory_train.data.loader import IGNORE_INDEX
+from factory_train.data.rows import IGNORE_INDEX
 from factory_train.distributed.parallelize import ParallelModel
 from factory_train.errors import ConfigError
 from factory_train.kernels.loss import linear_cross_entropy

@@ -6,6 +6,7 @@ in the tests); the rest is from measurements of others, so that a quarter more o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from factory_train.config import Config, ModelConfig, OptimConfig, TrainConfig
@@ -14,6 +15,8 @@ from factory_train.model_size import ParameterCount
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 # CUDA context, NCCL and cuBLAS workspaces; on a CPU the interpreter with torch in it.
 _RUNTIME_BYTES = {"cuda": 3 * 2**29, "cpu": 400 * 2**20}
+# Bytes of one moment in memory: float32, bfloat16, 8 bits and a scale for 256 of them.
+_MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 256}
 # What the CUDA caching allocator cannot use of what it holds.
 _FRAGMENTATION = 0.05
 # kernels.loss.CHUNK_BYTES, which torch comes with; a test holds them together.
@@ -25,12 +28,13 @@ class Memory:
     """Bytes of one rank at the peak of a training step.
 
     Args:
-        params: master weights held between steps.
-        grads: reduced gradients.
-        optimizer: moments, and what the optimizer keeps to work with.
+        params: weights held between steps: masters, or the upper halves of split ones.
+        grads: reduced gradients, of the weights' type.
+        optimizer: moments, remainders of split weights, and what the optimizer keeps to work with.
         working_weights: copies for computing: FSDP's gathered units and their gradients, or autocast's casts.
         accumulated_grads: whole gradients that FSDP keeps between micro-batches it does not reduce.
         activations: what the layers keep for the backward pass.
+        mask: which tokens see which, where documents are packed; one for all layers.
         logits: scores of the vocabulary, their log-softmax and gradient; computed in chunks, the gradients of the head too.
         snapshot: this rank's share of the state, copied for an asynchronous checkpoint; in host memory, so 0 on cards.
         runtime: libraries and processes, whatever the model.
@@ -43,6 +47,7 @@ class Memory:
     working_weights: int
     accumulated_grads: int
     activations: int
+    mask: int
     logits: int
     snapshot: int
     runtime: int
@@ -63,24 +68,32 @@ def moments_numel(optim: OptimConfig, count: ParameterCount) -> int:
     return 2 * count.total - (count.layer_matrices if optim.name == "muon" else 0)
 
 
+def checkpoint_bytes(cfg: Config, count: ParameterCount) -> int:
+    """Returns the bytes of a checkpoint: masters and moments in the type of masters, and 8-bit moments beside them as they are."""
+    canonical = (count.total + moments_numel(cfg.optim, count)) * BYTES[cfg.precision.params]
+    return canonical + (math.ceil(2 * count.total * _MOMENT_BYTES["int8"]) if cfg.optim.state == "int8" else 0)
+
+
 def chunked_loss(train: TrainConfig, device: str) -> bool:
     """Returns whether the loss is computed without all logits."""
     return train.loss_impl == "chunked" or (train.loss_impl == "auto" and train.loss == "cross_entropy" and device == "cuda")
 
 
-def layer_activation_bytes(model: ModelConfig, *, compute: str, autocast: bool, device: str) -> int:
+def layer_activation_bytes(model: ModelConfig, *, compute: str, autocast: bool, device: str, masked: bool = False) -> int:
     """Returns the bytes that one layer keeps for its backward pass, a token.
 
     With h the width, q that of queries, k that of keys and of values, f that of the feed-forward: the inputs of both norms
     (2h), their outputs (2h), queries and attention output (2q), keys and values (2k), gate, its activation, up and their
-    product (4f). Norms of queries and keys keep what they read (q + k).
+    product (4f). Norms of queries and keys keep what they read (q + k). With a mask CUDA's attention wants as many key and value
+    heads as query heads (2q for 2k).
     """
     q_dim, kv_dim = model.num_heads * model.head_width, model.num_kv_heads * model.head_width
     size = BYTES[compute]
     wide = max(size, 4)
     # Under autocast the residual stream stays in fp32; norms on a CPU keep a float32 copy of their input.
     stream = wide if autocast or device == "cpu" else size
-    kept = 2 * model.dim * stream + (2 * model.dim + 2 * q_dim + 2 * kv_dim + 4 * model.ffn_dim) * size
+    attended = q_dim if masked and device == "cuda" else kv_dim
+    kept = 2 * model.dim * stream + (2 * model.dim + 2 * q_dim + 2 * attended + 4 * model.ffn_dim) * size
     head_norms = q_dim + kv_dim if model.qk_norm else 0
     kept += head_norms * (wide if device == "cpu" else size)
     # Only the fused norm of CUDA does without the normalised value itself.
@@ -101,7 +114,10 @@ def estimate_memory(
         grad_accum_steps: micro-batches of a step.
         device: "cuda" or "cpu".
     """
-    master, compute, reduce = BYTES[cfg.precision.params], BYTES[cfg.precision.compute], BYTES[cfg.precision.reduce]
+    split = cfg.optim.master == "split"
+    # What the model's parameters and their gradients are.
+    master = 2 if split else BYTES[cfg.precision.params]
+    compute, reduce = BYTES[cfg.precision.compute], BYTES[cfg.precision.reduce]
     tokens = cfg.train.micro_batch_size * cfg.train.seq_len
     sharded = cfg.parallel.strategy == "fsdp"
     autocast = not sharded and compute != master
@@ -117,7 +133,9 @@ def estimate_memory(
     elif autocast:
         working = count.total * compute
 
-    layer = layer_activation_bytes(cfg.model, compute=cfg.precision.compute, autocast=autocast, device=device)
+    masked = cfg.data.packing == "document"
+    mask = tokens * cfg.train.seq_len * compute if masked else 0
+    layer = layer_activation_bytes(cfg.model, compute=cfg.precision.compute, autocast=autocast, device=device, masked=masked)
     if cfg.parallel.activation_checkpoint == "full":
         entry = cfg.model.dim * (master if autocast else compute)
         activations = tokens * (cfg.model.num_layers * entry + layer)
@@ -134,15 +152,15 @@ def estimate_memory(
             later = count.layer * (compute + reduce) + (0 if cfg.model.tie_embeddings else count.embedding * compute)
             logits = max(tokens * cfg.model.dim * compute, logits - later)
 
-    state_bytes = (count.total + moments_numel(cfg.optim, count)) * master
-    snapshot = state_bytes // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0
+    snapshot = checkpoint_bytes(cfg, count) // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0
     shards = dp_shard if sharded else 1
-    optimizer = -(-moments_numel(cfg.optim, count) // shards) * master
+    moment = _MOMENT_BYTES[cfg.optim.state] if cfg.optim.state != "fp32" else BYTES[cfg.precision.params]
+    optimizer = math.ceil(-(-moments_numel(cfg.optim, count) // shards) * moment) + (own * 2 if split else 0)
     if cfg.optim.name == "muon":
         # One update of each matrix, in the type of the matmuls.
         optimizer += -(-count.layer_matrices // shards) * (2 if device == "cuda" and master == 4 else master)
 
-    allocated = own * 2 * master + optimizer + working + accumulated + activations + logits
+    allocated = own * 2 * master + optimizer + working + accumulated + activations + mask + logits
     return Memory(
         params=own * master,
         grads=own * master,
@@ -150,6 +168,7 @@ def estimate_memory(
         working_weights=working,
         accumulated_grads=accumulated,
         activations=activations,
+        mask=mask,
         logits=logits,
         snapshot=snapshot,
         runtime=_RUNTIME_BYTES[device],

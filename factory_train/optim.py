@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.optim.adamw import adamw
 
 from factory_train.config import OptimConfig
 from factory_train.distributed.box import local_tensor
+from factory_train.distributed.encoded import Stored
 from factory_train.registries import OPTIMIZERS
 
 
@@ -38,7 +39,7 @@ class Optimizer(Protocol):
         """Returns this rank's gradient shards."""
         ...
 
-    def state(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    def state(self) -> Mapping[str, Mapping[str, Stored]]:
         """Returns the canonical state by kind ("exp_avg") and parameter name; each tensor is shaped like the local shard."""
         ...
 
@@ -49,6 +50,35 @@ class Optimizer(Protocol):
     def set_step_count(self, count: int) -> None:
         """Continues counting from a checkpoint; the caller fills the tensors of `state()` in place."""
         ...
+
+
+@runtime_checkable
+class OwnsWeights(Optimizer, Protocol):
+    """An optimizer that keeps master weights in a form of its own, and sums the squares of gradients itself."""
+
+    def masters(self) -> Mapping[str, Stored]:
+        """Returns the float32 weights, by name, of parameters that are narrower than that in the model."""
+        ...
+
+    def gradient_squares(self) -> torch.Tensor:
+        """Returns the sum of the squares of this rank's gradient shards; float64 scalar on the device."""
+        ...
+
+
+def masters_of(optimizer: Optimizer) -> Mapping[str, Stored]:
+    """Returns the float32 weights that are not the model's own parameters."""
+    return optimizer.masters() if isinstance(optimizer, OwnsWeights) else {}
+
+
+def squares_of(optimizer: Optimizer) -> torch.Tensor:
+    """Returns the sum of the squares of this rank's gradient shards; float64 scalar on their device."""
+    if isinstance(optimizer, OwnsWeights):
+        return optimizer.gradient_squares()
+    grads = optimizer.gradients()
+    held = [grad for grad in grads if grad.numel()]
+    if not held:
+        return torch.zeros((), dtype=torch.float64, device=grads[0].device if grads else None)
+    return torch.stack([norm.double() for norm in torch._foreach_norm(held)]).square().sum()
 
 
 class AdamW:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from factory_train.errors import ConfigError, did_you_mean
-from factory_train.schema import leaves, sections
+from factory_train.schema import Leaf, leaves, sections
 
 _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _parse_one(text: str, groups: Mapping[str, Sequence[str]]) -> Iterator[Overr
         raise ConfigError(
             f"'{text}' moves a group to another package, which the schema does not allow", fix=f"{name.partition('@')[0]}={raw}"
         )
-    known = name in groups or name in leaves() or name in sections()
+    known = name in groups or name in leaves() or name in sections() or _mapping_of(name) is not None
     if not known:
         raise _unknown_key(name, raw, groups)
     if text.startswith("+") and not text.startswith("++"):
@@ -89,8 +89,16 @@ def _parse_one(text: str, groups: Mapping[str, Sequence[str]]) -> Iterator[Overr
         yield _choice(text, name, raw.strip(), groups[name])
     elif name in leaves():
         yield Assignment(text, name, _convert(name, value, raw))
+    elif (mapping := _mapping_of(name)) is not None:
+        yield Assignment(text, name, _converted(name, value, raw, Leaf(leaves()[mapping].item, False, None)))
     else:
         raise ConfigError(f"'{name}' is a section, not a key", where=text, fix=f"{name}.{_first_key(name)}=...")
+
+
+def _mapping_of(name: str) -> str | None:
+    """Returns the key that holds a mapping, of the name of one of its items: `data.sets` of `data.sets.web`."""
+    owner, _, item = name.rpartition(".")
+    return owner if item and owner in leaves() and leaves()[owner].type is dict else None
 
 
 def _unknown_key(name: str, raw: str, groups: Mapping[str, Sequence[str]]) -> ConfigError:
@@ -145,7 +153,8 @@ def _parse_value(name: str, raw: str) -> Any:
     from hydra.core.override_parser.types import QuotedString
     from hydra.errors import HydraException
 
-    is_text = name in leaves() and leaves()[name].type is str
+    mapping = _mapping_of(name)
+    is_text = leaves()[mapping].item is str if mapping else name in leaves() and leaves()[name].type is str
     try:
         parsed = OverridesParser.create().parse_override(f"{name}={raw}")
     except HydraException as error:
@@ -169,12 +178,22 @@ def _flatten(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
 
 
 def _convert(key: str, value: Any, raw: str) -> Any:
-    leaf = leaves()[key]
+    return _converted(key, value, raw, leaves()[key])
+
+
+def _converted(key: str, value: Any, raw: str, leaf: Leaf) -> Any:
     if value is None:
         if leaf.optional:
             return None
     elif isinstance(value, str) and "${" in value:
         return value
+    elif leaf.type is dict:
+        return _mapping(key, value, raw, leaf.item)
+    elif leaf.type is list and leaf.item not in (str, int):
+        # Of mappings from names to numbers.
+        if isinstance(value, list):
+            return [_mapping(key, item, raw, get_args(leaf.item)[-1]) for item in value]
+        raise _not_a_mapping(key, raw)
     elif leaf.type is list:
         # The type itself: true and false are numbers for Python, not for people.
         if isinstance(value, list) and all(type(item) is leaf.item for item in value):
@@ -198,6 +217,21 @@ def _convert(key: str, value: Any, raw: str) -> Any:
     wanted = _NAMES[leaf.type] + (" or null" if leaf.optional else "")
     example = "null" if leaf.default is None else str(leaf.default).lower() if leaf.type is bool else leaf.default
     raise ConfigError(f"{raw!r} is not {wanted}", where=key, fix=f"for example {key}={example}")
+
+
+def _mapping(key: str, value: Any, raw: str, item: Any) -> dict[str, Any]:
+    """Returns a mapping from names with its values converted."""
+    if not isinstance(value, dict):
+        raise _not_a_mapping(key, raw)
+    return {str(name): _converted(f"{key}.{name}", inner, str(inner), Leaf(item, False, None)) for name, inner in value.items()}
+
+
+def _not_a_mapping(key: str, raw: str) -> ConfigError:
+    leaf = leaves().get(key)
+    example = "{web:FOLDER,code:FOLDER}" if leaf is not None and leaf.item is str else "{web:0.7,code:0.3}"
+    if leaf is not None and leaf.type is list:
+        example = f"[{example}]"
+    return ConfigError(f"{raw!r} is not a mapping from names", where=key, fix=f"'{key}={example}', in quotes for the shell")
 
 
 @dataclass(frozen=True)

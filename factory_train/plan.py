@@ -12,7 +12,7 @@ import yaml
 from factory_train.config import Config, ModelConfig, from_mapping
 from factory_train.errors import PreflightError
 from factory_train.hardware import Hardware
-from factory_train.memory import BYTES, Memory, estimate_memory, moments_numel
+from factory_train.memory import Memory, checkpoint_bytes, estimate_memory
 from factory_train.model_size import ParameterCount, count_parameters, flops_per_token
 from factory_train.registries import ARCHITECTURES
 from factory_train.units import format_bytes, format_count
@@ -50,7 +50,7 @@ class Plan:
         params: parameter counts.
         flops_per_token: see `model_size.flops_per_token`.
         tokens_per_param: total tokens by parameters.
-        checkpoint_bytes: master weights and optimizer state.
+        checkpoint_bytes: master weights and optimizer state, as a checkpoint holds them.
         memory: peak of one rank.
         hardware: name of what it runs on.
         device: "cuda" or "cpu".
@@ -128,6 +128,7 @@ class Plan:
             "working weights": self.memory.working_weights,
             "accumulated gradients": self.memory.accumulated_grads,
             "activations": self.memory.activations,
+            "attention mask": self.memory.mask,
             "logits": self.memory.logits,
             "checkpoint copy": self.memory.snapshot,
             "runtime": self.memory.runtime + self.memory.fragmentation,
@@ -222,7 +223,7 @@ def _derive(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool)
         params=count,
         flops_per_token=flops_per_token(cfg.model, vocab_size, train.seq_len),
         tokens_per_param=train.steps * tokens_per_step / count.total,
-        checkpoint_bytes=BYTES[cfg.precision.params] * (count.total + moments_numel(cfg.optim, count)),
+        checkpoint_bytes=checkpoint_bytes(cfg, count),
         memory=memory,
         hardware=hardware.name,
         device=hardware.device,
@@ -256,6 +257,9 @@ def _remedies(cfg: Config, vocab_size: int, hardware: Hardware) -> Iterator[str]
 
     if hardware.device == "cuda" and cfg.precision.compute == "float32" and fits(_override(cfg, precision=_BF16)):
         yield "precision=bf16"
+    narrow = _override(cfg, precision=_BF16, optim={"name": "adamw_fused", "state": "int8", "master": "split"})
+    if hardware.device == "cuda" and cfg.optim.name in ("adamw", "adamw_fused") and fits(narrow):
+        yield "optim=adamw_fused optim.state=int8 optim.master=split precision=bf16"
     least = _override(full, parallel={"strategy": "fsdp", "dp_replicate": 1, "dp_shard": -1, "reshard_after_forward": True})
     least = _override(least, train={"micro_batch_size": 1})
     sharding = f"parallel=fsdp {recompute} train.micro_batch_size=1"

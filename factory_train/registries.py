@@ -124,7 +124,13 @@ DATA_SOURCES: Registry[Callable[[DataConfig], Any]] = Registry(
 )
 # (model, optim section) -> Optimizer
 OPTIMIZERS: Registry[Callable[[Any, OptimConfig], Any]] = Registry(
-    "optimizer", "optim.name", {"adamw": "factory_train.optim:AdamW", "muon": "factory_train.optim_muon:Muon"}
+    "optimizer",
+    "optim.name",
+    {
+        "adamw": "factory_train.optim:AdamW",
+        "adamw_fused": "factory_train.optim_adamw_fused:AdamWFused",
+        "muon": "factory_train.optim_muon:Muon",
+    },
 )
 # (part of the run after warm-up that is over, optim section) -> part of the peak learning rate
 SCHEDULES: Registry[Callable[[float, OptimConfig], float]] = Registry(

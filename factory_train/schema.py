@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
@@ -12,12 +11,12 @@ from factory_train.config import Config
 
 @dataclass(frozen=True)
 class Leaf:
-    """Type and default of one key of the schema, and for a list the type of its items."""
+    """Type and default of one key of the schema, and for a list or a mapping from names the type of its items."""
 
     type: type
     optional: bool
     default: Any
-    item: builtins.type = str
+    item: Any = str
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,15 @@ def _schema() -> tuple[dict[str, Leaf], dict[str, Section]]:
         hints = get_type_hints(owner)
         for item in fields(owner):
             name, hint = prefix + item.name, hints[item.name]
-            is_list = get_origin(hint) is list
+            container = get_origin(hint) if get_origin(hint) in (list, dict) else None
             parts = [part for part in get_args(hint) if part is not type(None)]
-            kind, optional = (list, False) if is_list else (parts[0], True) if parts else (hint, False)
+            kind, optional = (container, False) if container else (parts[0], True) if parts else (hint, False)
             if isinstance(kind, type) and is_dataclass(kind):
                 sections[name] = Section(kind, optional)
                 walk(kind, name + ".")
             else:
                 default = item.default if item.default_factory is MISSING else item.default_factory()
-                leaves[name] = Leaf(kind, optional, default, parts[0] if is_list else str)
+                leaves[name] = Leaf(kind, optional, default, parts[-1] if container else str)
 
     walk(Config, "")
     return leaves, sections

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,31 @@ def write_json_once(path: Path, value: Any) -> bool:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
     return True
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill; it takes the place of `folder` when the block ends well, and goes when it does not.
+
+    The caller holds a lock: what another process left behind can then only be of one that died, and is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.tmp-"
+    for remains in folder.parent.glob(prefix + "*"):
+        shutil.rmtree(remains)
+    building = folder.parent / (prefix + secrets.token_hex(4))
+    building.mkdir()
+    try:
+        yield building
+        fsync_directory(building)
+        if folder.exists():
+            # Damaged: out of the way first, since a folder cannot replace another.
+            folder.rename(folder.parent / f"{prefix}damaged-{secrets.token_hex(4)}")
+        building.rename(folder)
+        fsync_directory(folder.parent)
+    finally:
+        for remains in folder.parent.glob(prefix + "*"):
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 def read_json(path: Path) -> Any:

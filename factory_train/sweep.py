@@ -92,7 +92,9 @@ def shown_value(value: Any) -> str:
 
 def value_key(value: Any) -> Any:
     """Returns a value as something that can be compared and hashed."""
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, dict):
+        return tuple((name, value_key(inner)) for name, inner in sorted(value.items()))
+    return tuple(map(value_key, value)) if isinstance(value, list) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -10,6 +10,8 @@ from factory_train.run_dir import RunDir
 
 # Save and stop, as after Ctrl-C; nothing is requeued.
 STOP = "stop"
+# Save and stop, as after SIGTERM: whoever turned it on means to resume the run elsewhere. Only Ray jobs look at it.
+PREEMPT = "preempt"
 # Save and go on.
 SAVE = "save"
 

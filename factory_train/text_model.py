@@ -87,7 +87,7 @@ class TextModel:
         eos_id = self.tokenizer.eos_id
         tokens = self.tokenizer.encode(prompt) or ([] if eos_id is None else [eos_id])
         if not tokens:
-            raise ConfigError("the prompt is empty, and a char tokenizer has no end-of-text to start from", fix="give it a prompt")
+            raise ConfigError("the prompt is empty, and the tokenizer has no end-of-text to start from", fix="give it a prompt")
         generator = torch.Generator(self.device).manual_seed(seed)
         added: list[int] = []
         shown = 0
@@ -106,7 +106,7 @@ def _from_checkpoint(run: RunDir, reader: CheckpointReader) -> TextModel:
         cfg, manifest = run_config(run), DataManifest.load(run.data)
         device = choose_device(cfg.hardware.device, 0)
         model = load_model(cfg, manifest, reader, device)
-    return TextModel(model, Tokenizer.load(run.data / TOKENIZER_NAME), device, reader.notes)
+    return TextModel(model, Tokenizer.load(run.data / TOKENIZER_NAME, manifest.eos_id), device, reader.notes)
 
 
 def _from_export(folder: Path) -> TextModel:
@@ -120,7 +120,8 @@ def _from_export(folder: Path) -> TextModel:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     source.check_holds(shapes)
     source.fill([(name, Box.whole(shapes[name]), parameter) for name, parameter in model.named_parameters()])
-    return TextModel(model.eval(), Tokenizer.load(folder / "tokenizer.json"), device)
+    eos_id = storage.read_json(folder / "config.json")["eos_token_id"]
+    return TextModel(model.eval(), Tokenizer.load(folder / "tokenizer.json", eos_id), device)
 
 
 def _verify_export(folder: Path) -> None:

@@ -15,9 +15,10 @@ from factory_train.checkpoint.entries import TensorEntry, training_entries
 from factory_train.checkpoint.load import load_newest
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
+from factory_train.data.catalog import cache_root
 from factory_train.data.loader import Cursor, TokenLoader
 from factory_train.data.manifest import DataManifest
-from factory_train.data.shards import TokenStream
+from factory_train.data.samples import training_samples
 from factory_train.diagnostics.steps import Diagnostics
 from factory_train.distributed.mesh import ParallelDims
 from factory_train.distributed.parallelize import parallelize
@@ -27,7 +28,7 @@ from factory_train.launchers.job import WorkerEnv
 from factory_train.loss import TrainingLoss
 from factory_train.metrics_log import MetricsLog
 from factory_train.models.build import build_model
-from factory_train.optim import build_optimizer
+from factory_train.optim import build_optimizer, masters_of, squares_of
 from factory_train.plan import Plan
 from factory_train.preemption import StopSignal
 from factory_train.run_dir import Attempt
@@ -38,6 +39,8 @@ from factory_train.validation import Validation
 
 # So many steps in a row without a finite loss and gradient cannot be a passing spike.
 MAX_SKIPPED_STEPS = 25
+# What the heartbeat calls each phase of the clock.
+_PLACES = {"data": "data", "forward": "compute", "backward": "compute", "reduce": "reduce", "checkpoint": "update", "optimizer": "update"}
 
 
 class Outcome(Enum):
@@ -75,7 +78,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.module, cfg.optim)
         self.loss = TrainingLoss(cfg.train, self.model, device)
         self.reduction = StepReduction(device, self.model.grad_copies)
-        self.train_tokens = TokenStream(dataset, "train")
+        self.samples = training_samples(cfg, cache_root(cfg, attempt.run.path.parent), dataset, plan.samples_per_step)
         self.validation = Validation(self.model, cfg, attempt.run, device, dp_rank=env.rank, dp_size=self.dims.dp_size)
         self.throughput = Throughput(
             tokens_per_step=plan.tokens_per_step,
@@ -133,13 +136,11 @@ class Trainer:
     def open_loader(self) -> TokenLoader:
         """Returns a loader that continues at the current position in the sample order."""
         return TokenLoader(
-            self.train_tokens,
-            seq_len=self.cfg.train.seq_len,
+            self.samples,
             samples_per_step=self.plan.samples_per_step,
             micro_batch_size=self.cfg.train.micro_batch_size,
             dp_rank=self.env.rank,
             dp_size=self.dims.dp_size,
-            seed=self.cfg.train.seed,
             cursor=self.cursor,
             pin_memory=self.device.type == "cuda",
         )
@@ -147,27 +148,24 @@ class Trainer:
     def train_step(self, loader: TokenLoader) -> None:
         """Makes one optimizer step; the host learns its figures at the next one, or in `settle`."""
         self.diagnostics.before_step(self.step + 1)
-        self.stop.place.enter(self.step, "data")
-        self.clock.enter("data")
+        self._enter("data")
         batch = loader.next_step()
-        self.stop.place.enter(self.step, "compute")
         lr = learning_rate(self.step, self.cfg.train.steps, self.cfg.optim)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(batch.micro_batches) - 1
-        for index, micro in enumerate(batch.micro_batches):
-            self.clock.enter("forward")
-            tokens_BT, targets_BT = self._to_device(micro.tokens_BT), self._to_device(micro.targets_BT)
+        for index, of_host in enumerate(batch.micro_batches):
+            self._enter("forward")
+            micro = of_host.to(self.device)
             with self.model.gradient_sync(index == last):
-                share = self.loss(targets_BT, tokens_BT) / batch.num_targets
-                self.clock.enter("backward")
+                share = self.loss(micro.targets_BT, *micro.inputs) / batch.num_targets
+                self._enter("backward")
                 share.backward()
             loss += share.detach()
         part_written, part_failed = self.saver.progress()
-        self.stop.place.enter(self.step, "reduce")
-        self.clock.enter("reduce")
+        self._enter("reduce")
         verdict, previous = self.reduction.reduce(
             loss,
-            self.optimizer.gradients(),
+            squares_of(self.optimizer),
             preempt=self.stop.must_leave(),
             interrupt=self.stop.interrupt,
             data_hash=batch.data_hash,
@@ -175,9 +173,9 @@ class Trainer:
             part_failed=part_failed,
             save=self.stop.take_save(),
         )
-        self.clock.enter("checkpoint")
+        self._enter("checkpoint")
         self.saver.before_update()
-        self.clock.enter("optimizer")
+        self._enter("optimizer")
         self.optimizer.step(lr=lr, grad_norm=verdict.grad_norm, skip=verdict.skip)
         self.optimizer.zero_grad()
         self.clock.leave()
@@ -190,8 +188,10 @@ class Trainer:
         if stall_s := self.saver.take_stall_s():
             self._open_row["ckpt_stall_s"] = stall_s
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
+    def _enter(self, phase: str) -> None:
+        """Notes for the heartbeat and the clock that a phase of the step begins."""
+        self.stop.place.enter(self.step, _PLACES[phase])
+        self.clock.enter(phase)
 
     def settle(self) -> None:
         """Waits for the device and learns the facts of the last step."""
@@ -232,7 +232,8 @@ class Trainer:
     def _entries(self) -> list[TensorEntry]:
         """Returns this rank's shards of weights and optimizer state, as a checkpoint addresses them."""
         copy, copies = self.env.rank // self.dims.dp_shard, self.dims.dp_replicate
-        return training_entries(self.parameters, self.optimizer.state(), replica_rank=copy, replica_count=copies)
+        state, masters = self.optimizer.state(), masters_of(self.optimizer)
+        return training_entries(self.parameters, state, replica_rank=copy, replica_count=copies, masters=masters)
 
     def _save(self) -> None:
         self.stop.place.enter(self.step, "save")

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from factory_train.config import Config
-from factory_train.data.loader import IGNORE_INDEX, validation_batches
+from factory_train.data.loader import validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME
+from factory_train.data.rows import IGNORE_INDEX, validation_rows
 from factory_train.data.shards import TokenStream
 from factory_train.data.tokenizer import Tokenizer
 from factory_train.distributed.parallelize import ParallelModel
@@ -34,24 +35,19 @@ class Validation:
         self._loss = TrainingLoss(replace(cfg.train, loss="cross_entropy", z_loss=0.0), model, device)
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._tokens = TokenStream(run.data, "validation")
-        self._tokenizer = Tokenizer.load(run.data / TOKENIZER_NAME)
+        self._rows = validation_rows(cfg, self._tokens)
+        self._tokenizer = Tokenizer.load(run.data / TOKENIZER_NAME, self._tokens.manifest.eos_id)
 
     def figures(self) -> dict[str, float]:
         """Returns `loss`, in nats a token, and `bits_per_byte`."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        batches = validation_batches(
-            self._tokens,
-            seq_len=self._cfg.train.seq_len,
-            max_rows=self._cfg.train.validation_rows,
-            micro_batch_size=self._cfg.train.micro_batch_size,
-            dp_rank=self._dp_rank,
-            dp_size=self._dp_size,
-        )
+        micro_batch_size = self._cfg.train.micro_batch_size
+        batches = validation_batches(self._rows, micro_batch_size=micro_batch_size, dp_rank=self._dp_rank, dp_size=self._dp_size)
         with self._model.evaluating():
-            for micro in batches:
-                targets_BT = micro.targets_BT.to(self._device, non_blocking=True)
-                sums[0] += self._loss(targets_BT, micro.tokens_BT.to(self._device, non_blocking=True))
-                sums[1] += (targets_BT != IGNORE_INDEX).sum()
+            for batch in batches:
+                micro = batch.to(self._device)
+                sums[0] += self._loss(micro.targets_BT, *micro.inputs)
+                sums[1] += (micro.targets_BT != IGNORE_INDEX).sum()
         dist.all_reduce(sums)
         loss_sum, num_tokens = sums.tolist()
         loss = loss_sum / num_tokens

@@ -13,7 +13,7 @@ from factory_train.run_dir import Attempt, RunDir
 MOST_FRUITLESS = 3
 # Outcomes after which a run goes on only when a person says so.
 _FINAL = ("done", "interrupted", "failed-user", "killed")
-_COPIED = ("plan.json", "code.json", "launch/slurm.json")
+_COPIED = ("plan.json", "code.json", "launch/slurm.json", "launch/ray.json")
 
 
 def take(run: RunDir, submitted: int, job_id: str) -> Attempt | None:

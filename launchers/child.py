@@ -42,7 +42,9 @@ class Child:
     swept: bool = False
 
     @staticmethod
-    def start(name: str, rank: int, module: str, arguments: Iterable[str], environ: Mapping[str, str], log: Path) -> Child:
+    def start(
+        name: str, rank: int, module: str, arguments: Iterable[str], environ: Mapping[str, str], log: Path, *, python: str = sys.executable
+    ) -> Child:
         """Starts `python -m module arguments`.
 
         Raises:
@@ -51,7 +53,7 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [python, "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

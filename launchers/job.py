@@ -124,6 +124,10 @@ class JobHandle(Protocol):
         """Returns "running", "pending" or "ended", by the launcher's own knowledge."""
         ...
 
+    def waits_for(self) -> str | None:
+        """Returns why the job has not begun and what would help, None where it has or nobody can tell."""
+        ...
+
     def logs(self) -> list[Path]:
         """Returns the log files, the most informative first."""
         ...

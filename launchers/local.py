@@ -57,6 +57,9 @@ class LocalHandle:
         self._check_host()
         return "running" if process_started_at(self.job["pid"]) == self.job["pid_started"] else "ended"
 
+    def waits_for(self) -> str | None:
+        return None
+
     def logs(self) -> list[Path]:
         names = ["prepare", *(f"rank-{rank:05d}" for gang in self.job["gangs"] for rank in range(gang["tasks_per_node"])), "finish", "sync"]
         paths = [self.attempt.log_path(name) for name in names] + [self.attempt.launch / "supervisor.log"]

@@ -63,6 +63,10 @@ class SlurmHandle:
         job = self.queued()
         return job.status if job else "ended"
 
+    def waits_for(self) -> str | None:
+        job = self.queued()
+        return job.why if job and job.status == "pending" else None
+
     def logs(self) -> list[Path]:
         newest = self.attempt.run.last_attempt() or self.attempt
         batch = Path(self.job["batch_log"]) if "batch_log" in self.job else None

@@ -12,13 +12,13 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from factory_train import storage
 from factory_train.errors import ExitCode, FactoryTrainError
 from factory_train.launchers import autopsy
+from factory_train.launchers.attempt_runner import End
 from factory_train.launchers.child import Child, end_all, signal_name
 from factory_train.launchers.environment import child_environ
 from factory_train.launchers.inbox import Inbox
@@ -31,15 +31,6 @@ JOB_WAIT_S = 10.0
 # Exit codes with which a rank says that it saved and stopped because it was asked to.
 _STOPPED = {ExitCode.PREEMPTED: "preempted", ExitCode.INTERRUPTED: "interrupted"}
 _BY_USER = (ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.NOT_FOUND)
-
-
-@dataclass(frozen=True)
-class End:
-    """How a job ends, as far as its launcher can tell; a verdict that the ranks wrote themselves goes before it."""
-
-    outcome: str
-    exit_code: int
-    reason: str
 
 
 class Supervisor:

@@ -11,24 +11,39 @@ from factory_train.run_dir import Attempt
 
 def prepare(cfg: Config, attempt: Attempt) -> ExitCode:
     """Makes sure the tokens are there, and copies what evaluation needs into the run directory."""
-    from factory_train.data.manifest import DataManifest, cache_root, check_length, check_vocabulary
+    from factory_train.data.catalog import cache_root
+    from factory_train.data.manifest import DataManifest, check_length, check_vocabulary
+    from factory_train.data.mixture import check_set_lengths, training_sets
+    from factory_train.data.packing_index import prepare_packing
     from factory_train.data.prepare import copy_for_run
     from factory_train.data.prepare import prepare as prepare_data
+    from factory_train.data.samples import mixture_epochs
 
-    run = attempt.run
-    dataset = prepare_data(cfg.data, cache_root(cfg, run.path.parent), lambda message: attempt.record_event("prepare", message=message))
+    def report(message: str) -> None:
+        attempt.record_event("prepare", message=message)
+
+    run, cache = attempt.run, cache_root(cfg, attempt.run.path.parent)
+    dataset = prepare_data(cfg.data, cache, report)
     manifest = DataManifest.load(dataset)
     check_length(manifest, cfg.train.seq_len)
+    check_set_lengths(cfg.data, cfg.train.seq_len)
     check_vocabulary(manifest, cfg.model.vocab_size)
     # Whole rows and the last target: model and baselines are then judged on the very same tokens.
     rows = min(cfg.train.validation_rows, (manifest.splits["validation"].num_tokens - 1) // cfg.train.seq_len)
-    copy_for_run(dataset, run.data, max_validation_tokens=rows * cfg.train.seq_len + 1)
+    training = training_sets(cfg.data, dataset)
+    packing = None
+    if cfg.data.packing == "document":
+        packing = "; ".join(prepare_packing(cache, folder, cfg.train.seq_len, report) for folder, _ in training)
+    if cfg.data.sets:
+        report(f"data: {mixture_epochs(cfg, cache)}")
+    copy_for_run(dataset, run.data, rows * cfg.train.seq_len + 1, packing=packing, training=training)
     return ExitCode.OK
 
 
 def train(cfg: Config, attempt: Attempt, env: WorkerEnv, stop: StopSignal) -> ExitCode:
     """Trains on this rank; rank 0 writes the verdict when training stops before its end."""
-    from factory_train.data.manifest import DataManifest, cache_root, find_prepared
+    from factory_train.data.catalog import cache_root, find_prepared
+    from factory_train.data.manifest import DataManifest
     from factory_train.diagnostics.out_of_memory import explaining_out_of_memory
     from factory_train.distributed.process_group import choose_device, process_group
     from factory_train.distributed.runtime import configure_runtime

@@ -31,6 +31,8 @@ def main() -> int:
     if action != "unready":
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda number, frame: stops.append(number))
+        # As a rank does: some launchers start it with these blocked.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     print(f"{stage} rank {env.rank} of {env.world_size} does: {action}", flush=True)
     (attempt.path / f"started-{stage}-{env.rank}").write_text(str(os.getpid()))
     return _act(action, stops, env)

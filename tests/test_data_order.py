@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from factory_train.data.order import Permutation, SampleOrder
@@ -11,6 +12,19 @@ from factory_train.data.order import Permutation, SampleOrder
 def test_permutation_reaches_every_element_once(size: int) -> None:
     permutation = Permutation(size, seed=7, epoch=3)
     assert sorted(permutation(index) for index in range(size)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 257, 4096, 7919, 10**15 + 37])
+def test_many_elements_at_once_go_where_each_goes_alone(size: int) -> None:
+    permutation = Permutation(size, seed=7, epoch=3)
+    index = np.unique(np.linspace(0, size - 1, 500).astype(np.int64))
+    assert permutation.many(index).tolist() == [permutation(int(value)) for value in index]
+    assert permutation.many(index[:0]).tolist() == []
+
+
+def test_rows_of_samples_over_several_epochs_are_those_of_each() -> None:
+    order, samples = SampleOrder(num_rows=11, seed=5), np.array([40, 3, 10, 11, 12, 0, 33, 21], dtype=np.int64)
+    assert order.rows_of_samples(samples).tolist() == [order.row_of_sample(int(sample)) for sample in samples]
 
 
 def test_permutation_of_a_huge_size_costs_nothing_to_make() -> None:

@@ -18,7 +18,8 @@ from factory_train import storage
 from factory_train.config import Config, DataConfig
 from factory_train.data import manifest as manifest_module
 from factory_train.data.baselines import baselines
-from factory_train.data.manifest import DataManifest, cache_root, check_length, check_vocabulary, find_prepared
+from factory_train.data.catalog import cache_root, find_prepared
+from factory_train.data.manifest import DataManifest, check_length, check_vocabulary
 from factory_train.data.prepare import copy_for_run, prepare
 from factory_train.data.shards import ShardWriter, TokenStream, token_dtype
 from factory_train.data.source import read_source
@@ -61,7 +62,8 @@ def in_child(config: DataConfig, cache: Path, report: str) -> subprocess.Popen[s
 def test_shards_decode_to_the_text(config: DataConfig, cache: Path, tokenizer: str, shard_tokens: int) -> None:
     config.tokenizer = tokenizer
     folder = prepare(config, cache, quiet, shard_tokens=shard_tokens)
-    manifest, loaded = DataManifest.load(folder), Tokenizer.load(folder / "tokenizer.json")
+    manifest = DataManifest.load(folder)
+    loaded = Tokenizer.load(folder / "tokenizer.json", manifest.eos_id)
     for split, documents in read_source(config).splits.items():
         stream = TokenStream(folder, split)
         tokens = stream.slice(0, stream.num_tokens)
@@ -259,7 +261,7 @@ def test_run_copy_is_enough_for_evaluation(config: DataConfig, cache: Path, tmp_
     shutil.rmtree(cache)
 
     assert sorted(os.listdir(moved)) == ["manifest.json", "tokenizer.json", "validation-documents.bin", "validation.bin"]
-    stream, tokenizer = TokenStream(moved, "validation"), Tokenizer.load(moved / "tokenizer.json")
+    stream, tokenizer = TokenStream(moved, "validation"), Tokenizer.load(moved / "tokenizer.json", copy.eos_id)
     stream.verify()
     assert stream.slice(0, stream.num_tokens).tolist() == expected.tolist()
     assert stream.document_starts().tolist() == [0]

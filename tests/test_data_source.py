@@ -62,7 +62,7 @@ def test_text_file_is_cut_at_the_character_where_nanogpt_cuts_it(tmp_path: Path)
 def test_checking_a_request_loads_no_heavy_package() -> None:
     code = (
         "import sys; from factory_train.config import DataConfig; from factory_train.data.source import check_source;"
-        "from factory_train.data.manifest import find_prepared; from pathlib import Path;"
+        "from factory_train.data.catalog import find_prepared; from pathlib import Path;"
         "check_source(DataConfig(), 256); find_prepared(DataConfig(), Path('/nonexistent'));"
         "print([name for name in ('torch', 'numpy', 'tokenizers') if name in sys.modules])"
     )

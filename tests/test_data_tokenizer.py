@@ -73,7 +73,7 @@ def test_end_of_text_written_in_a_document_is_text(tokenizer: Tokenizer) -> None
 @pytest.mark.parametrize("tokenizer", [BPE, BYTE, CHAR])
 def test_saved_tokenizer_loads_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json", tokenizer.eos_id)
     text = "class café:\n\treturn 🙂"
     assert loaded.encode(text) == tokenizer.encode(text)
     assert loaded.decode(loaded.encode(text)) == text
@@ -84,7 +84,7 @@ def test_saved_tokenizer_loads_the_same(tokenizer: Tokenizer, tmp_path: Path) ->
 def test_damaged_tokenizer_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(IntegrityError) as caught:
-        Tokenizer.load(tmp_path / "tokenizer.json")
+        Tokenizer.load(tmp_path / "tokenizer.json", None)
     assert str(tmp_path) in str(caught.value)
 
 

@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import command
 import pytest
@@ -27,11 +28,12 @@ from factory_train.diagnostics.profiler import StepProfiler
 from factory_train.diagnostics.sync_check import SyncCheck
 from factory_train.errors import ConfigError, ExitCode
 from factory_train.hardware import Hardware
-from factory_train.heartbeat import Place
+from factory_train.heartbeat import PHASES, Place
 from factory_train.plan import Plan, make_plan
 from factory_train.run_dir import Attempt, RunDir
 from factory_train.step_clock import StepClock
 from factory_train.throughput import Throughput
+from factory_train.trainer import Trainer
 
 CPU = torch.device("cpu")
 RECIPE = "recipe=llama_fsdp"
@@ -229,6 +231,17 @@ def test_where_state_is_the_largest_part_sharding_is_proposed_and_no_smaller_bat
     assert "weights, gradients and optimizer state" in explain(cfg, plan, use, place).what
     place.enter(7, "compute")
     assert "in step 8 (compute)" in explain(cfg, plan, use, place).what
+
+
+def test_the_place_of_a_rank_follows_the_phases_of_the_step_and_keeps_when_each_began() -> None:
+    stop = SimpleNamespace(place=Place())
+    trainer = SimpleNamespace(step=3, stop=stop, clock=SimpleNamespace(enter=lambda phase: None))
+    seen = []
+    for phase in ("data", "forward", "backward", "forward", "backward", "reduce", "checkpoint", "optimizer"):
+        Trainer._enter(trainer, phase)  # type: ignore[arg-type]
+        seen.append(stop.place.now)
+    assert [place[:2] for place in dict.fromkeys(seen)] == [(3, "data"), (3, "compute"), (3, "reduce"), (3, "update")]
+    assert {phase for _, phase, _ in seen} < set(PHASES)
 
 
 def test_what_was_used_beyond_the_plan_is_counted_in_every_figure() -> None:

@@ -77,7 +77,7 @@ class Fixed(nn.Module):
 def test_greedy_text_of_run_and_export_is_that_of_transformers_token_by_token(run: RunDir, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run.export)
-    prompt = Tokenizer.load(run.export / "tokenizer.json").encode(PROMPT)
+    prompt = Tokenizer.load(run.export / "tokenizer.json", None).encode(PROMPT)
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)[0].tolist()
     assert len(set(expected[len(prompt) :])) > 3
     for where in (str(run.path), str(run.export)):

@@ -200,15 +200,22 @@ def test_it_compiles_as_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled(x, weight), (x, weight)), torch.autograd.grad(step(x, weight), (x, weight)))
 
 
-def test_the_kernel_compiles_for_sm90() -> None:
+def test_the_kernel_compiles_for_sm90_with_accesses_of_sixteen_bytes() -> None:
     signature = {"targets": "*i64", "losses": "*fp32", "ignore_index": "i32"}
     constants = {"V": 128256, "Z_LOSS": 1e-4, "WITH_GRADIENT": True, "BLOCK": 8192}
-    compile_for_sm90(
+    found = compile_for_sm90(
         *(
-            ("factory_train.kernels.loss", "cross_entropy_rows", signature | {"logits": f"*{dtype}"}, constants, {"num_warps": 16})
+            (
+                *("factory_train.kernels.loss", "cross_entropy_rows", signature | {"logits": f"*{dtype}"}),
+                *(constants, {"num_warps": 16}, ["logits", "targets", "losses"]),
+            )
             for dtype in ("bf16", "fp32")
         )
     )
+    for accesses in found:
+        # One target, one score and one loss a row are all that is narrow.
+        assert sum(count for kind, count in accesses.items() if ".v4" not in kind) == 3
+        assert accesses["st.global.v4.b32"] >= 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -234,6 +241,8 @@ def test_a_chunked_loss_needs_a_cross_entropy_and_a_head() -> None:
         TrainingLoss(cfg.train, ParallelModel(LanguageModel(), LanguageModel(), 1, None), torch.device("cpu"))
 
 
+# What differs in float64 shows at once; in float32 the claim is about how it grows.
+STEPS = {"float64": 4, "float32": 10}
 CASES = [("float64", "ddp2"), ("float64", "fsdp2"), ("float64", "hsdp2x2"), ("float32", "single")]
 
 
@@ -248,7 +257,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str],
             cfg = small_config(text, layout, precision)
             cfg.train.loss_impl, cfg.train.z_loss = impl, 1e-3
             cfg.model.tie_embeddings = layout != "ddp2"
-            cfg.train.steps = 10
+            cfg.train.steps = STEPS[precision]
             attempts[precision, layout, impl] = start_run(root, f"{precision}-{layout}-{impl}", cfg)
     run_gang([(attempt, LAYOUTS[layout][1]) for (_, layout, _), attempt in attempts.items()])
     return attempts
@@ -258,10 +267,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str],
 @pytest.mark.parametrize(("precision", "layout"), CASES)
 def test_training_in_chunks_is_training_step_by_step(runs: dict[tuple[str, str, str], Attempt], precision: str, layout: str) -> None:
     plain, chunked = (rows(runs[precision, layout, impl]) for impl in ("plain", "chunked"))
-    assert len(plain) == len(chunked) == 10
+    assert len(plain) == len(chunked) == STEPS[precision]
     differences = [abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(plain, chunked, strict=True)]
     print(f"{precision} {layout}: largest relative difference {max(differences):.1e}, of the first step {differences[0]:.1e}")
     # In float32 rounding differs, and AdamW makes more of that with every step; as between layouts (test_training.py).
     assert differences[0] <= {"float64": 1e-12, "float32": 1e-6}[precision]
     assert max(differences) <= {"float64": 1e-12, "float32": 1e-5}[precision]
-    assert plain[-1]["loss"] < plain[0]["loss"] - 0.5
+    assert plain[-1]["loss"] < plain[0]["loss"] - 0.05 * len(plain)

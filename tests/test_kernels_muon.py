@@ -128,12 +128,15 @@ def test_the_operators_pass_opcheck_and_compile() -> None:
     torch.testing.assert_close(copies[0], momentum)
 
 
-def test_the_kernels_compile_for_sm90() -> None:
+def test_the_kernels_compile_for_sm90_with_accesses_of_sixteen_bytes() -> None:
     module, options, block = "factory_train.kernels.muon", {"num_warps": 8}, {"BLOCK": muon.BLOCK}
     momentum = {"momentum": "*fp32", "grad": "*fp32", "update": "*bf16", "divisor": "*fp64", "skip": "*fp32", "n": "i32"}
     # A tensor of more than 2^31 elements makes n an i64.
     apply = {"weight": "*fp32", "update": "*bf16", "skip": "*fp32", "n": "i64", "keep": "fp32", "rate": "fp32"}
-    compile_for_sm90(
-        (module, "momentum_pass", momentum, {"BETA": 0.95} | block, options),
-        (module, "apply_pass", apply, block, options),
+    found = compile_for_sm90(
+        (module, "momentum_pass", momentum, {"BETA": 0.95} | block, options, list(momentum)),
+        (module, "apply_pass", apply, block, options, ["weight", "update", "n"]),
     )
+    for accesses in found:
+        assert accesses["ld.global.v4.b32"] >= 6
+        assert not [kind for kind in accesses if kind.startswith("st") and ".v4" not in kind]

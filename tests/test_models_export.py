@@ -11,9 +11,10 @@ import torch
 from test_models_llama import BASE, SCALING, filled
 
 from factory_train.config import ModelConfig
+from factory_train.data.tokenizer import END_OF_TEXT
 from factory_train.errors import IntegrityError
 from factory_train.models.generate import generate
-from factory_train.models.hf import END_OF_TEXT, write_hf_folder
+from factory_train.models.hf import write_hf_folder
 from factory_train.models.hf_config import hf_config
 from factory_train.models.language_model import LanguageModel
 

@@ -21,8 +21,10 @@ from gang import run_gang, start_run
 from factory_train import checks, cli
 from factory_train.checkpoint.reader import open_checkpoint
 from factory_train.config import Config, ModelConfig, from_mapping
+from factory_train.data.catalog import cache_root, find_prepared
 from factory_train.data.loader import TokenLoader
-from factory_train.data.manifest import cache_root, find_prepared
+from factory_train.data.rows import ConcatenatedRows
+from factory_train.data.samples import ShuffledRows
 from factory_train.data.shards import TokenStream
 from factory_train.distributed.box import Box
 from factory_train.errors import ConfigError
@@ -253,9 +255,8 @@ def test_training_starts_at_the_loss_that_transformers_has(runs: dict[tuple[str,
     assert dataset is not None
     rows = cfg.train.global_batch_tokens // cfg.train.seq_len
     stream = TokenStream(dataset, "train")
-    with TokenLoader(
-        stream, seq_len=cfg.train.seq_len, samples_per_step=rows, micro_batch_size=rows, dp_rank=0, dp_size=1, seed=cfg.train.seed
-    ) as loader:
+    samples = ShuffledRows(ConcatenatedRows(stream, cfg.train.seq_len), cfg.train.seed)
+    with TokenLoader(samples, samples_per_step=rows, micro_batch_size=rows, dp_rank=0, dp_size=1) as loader:
         (batch,) = loader.next_step().micro_batches
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():

@@ -115,6 +115,25 @@ def test_activation_estimate_is_what_autograd_keeps(dtype: str, variant: dict[st
     assert layer_activation_bytes(cfg, compute=dtype, autocast=False, device="cpu") == pytest.approx(measured, rel=0.03)
 
 
+def test_packed_documents_need_one_mask_and_it_is_in_the_plan() -> None:
+    train = {"seq_len": 1024, "micro_batch_size": 4, "global_batch_tokens": 4096}
+    plain = make_plan(config(train=train), 4096, CPU, vocab_exact=True)
+    packed = make_plan(config(train=train, data={"packing": "document"}), 4096, CPU, vocab_exact=True)
+    assert plain.memory.mask == 0
+    assert packed.memory.mask == 4 * 1024 * 1024 * 4
+    assert packed.memory.total == plain.memory.total + packed.memory.mask
+    assert "attention mask 16.8MB" in "\n".join(packed.lines())
+    assert "attention mask" not in "\n".join(plain.lines())
+
+
+def test_a_mask_makes_cuda_keep_a_key_and_value_head_for_each_query_head() -> None:
+    model = config("llama3_8b").model
+    grouped, whole = (
+        layer_activation_bytes(model, compute="bfloat16", autocast=False, device="cuda", masked=masked) for masked in (False, True)
+    )
+    assert whole - grouped == 2 * (4096 - 1024) * 2
+
+
 def test_steps_tokens_and_accumulation_follow_from_the_global_batch() -> None:
     cfg = config(train={"seq_len": 256, "global_batch_tokens": 32 * 256, "micro_batch_size": 3, "steps": 50})
     plan = make_plan(cfg, 4096, CPU, vocab_exact=True)
@@ -215,8 +234,13 @@ def test_70b_is_refused_on_24_gb_with_what_it_needs() -> None:
             "precision=bf16",
         ),
         (config("llama3_8b"), CPU, "model="),
+        (
+            config("llama3_8b", parallel={"strategy": "single", "activation_checkpoint": "full"}, train={"micro_batch_size": 1}),
+            cuda(1, 80),
+            "optim=adamw_fused",
+        ),
     ],
-    ids=["smaller_batch", "recompute", "shard", "half_precision", "smaller_model"],
+    ids=["smaller_batch", "recompute", "shard", "half_precision", "smaller_model", "narrow_states"],
 )
 def test_every_override_in_a_refusal_makes_it_fit(cfg: Config, hardware: Hardware, expected: str) -> None:
     plan = make_plan(cfg, 4096, hardware, vocab_exact=True)

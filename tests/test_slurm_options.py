@@ -65,6 +65,8 @@ class Elsewhere:
 # Every key has its proof; a new one without one fails below.
 PROOFS: dict[str, list[Shown | Refused | Elsewhere]] = {
     "name": [Elsewhere("test_slurm.py: launcher=slurm; test_slurm_allocation.py: auto")],
+    "address": [Elsewhere("test_ray.py: a Ray cluster, which sbatch knows nothing of")],
+    "elastic": [Elsewhere("test_ray.py: Ray only")],
     "nodes": [Shown(3, "NumNodes=3")],
     "tasks_per_node": [Shown(3, "NtasksPerN:B:S:C=3:")],
     "sweep_parallel": [Elsewhere("test_slurm_sweep.py: ArrayTaskThrottle")],

@@ -56,6 +56,41 @@ def compare(calls: Mapping[str, Callable[[], Any]], deadline_s: float) -> dict[s
     return found
 
 
+def count_launches(call: Callable[[], Any]) -> int:
+    """Returns how many kernels one call launches on the card; copies and fills of memory count too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+
+
+def host_microseconds(call: Callable[[], Any]) -> float:
+    """Returns how long the host is busy with one call, the card being idle when it begins; the median of ten."""
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - began) * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def copy_gb_per_s(device: str) -> float:
+    """Returns the bandwidth of copying 4 GiB on the card, read and written bytes, in GB/s: the ceiling of what memory sets."""
+    source = torch.empty(1 << 32, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = compare({"copy": lambda: target.copy_(source)}, 5.0)["copy"]
+    return 2 * source.numel() / found["ms_median"] / 1e6
+
+
+def matmul_tflops_per_s(device: str) -> float:
+    """Returns the rate of a bfloat16 matmul of 8192 x 8192 matrices, in TFLOP/s."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    found = compare({"matmul": lambda: a @ b}, 5.0)["matmul"]
+    return 2 * 8192**3 / found["ms_median"] / 1e9
+
+
 def print_section(correctness: Callable[[str], Iterable[Any]], times: Callable[[str, float], Iterable[Any]]) -> None:
     """Prints one section's rows as JSON lines: correctness anywhere, times on a card."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from factory_train.checkpoint.format import DTYPES, spread
 from factory_train.checkpoint.part import Empty, Part, Piece, writer_name
-from factory_train.distributed.box import Box, local_box, local_tensor, replica_rank_and_count
+from factory_train.distributed.box import Box, local_box, local_tensor, replica_rank_and_count, shard_rows
+from factory_train.distributed.encoded import EncodedTensor, Stored
+from factory_train.kernels.block_codes import num_blocks
 
 # A chunk is what is verified at once and what a reader that needs a corner of a tensor has to read.
 MAX_CHUNK_BYTES = 64 << 20
+# The optimizer's own encoding beside the canonical one (docs/checkpoint-format.md).
+NATIVE = "native/"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class TensorEntry:
     Args:
         name: parameter name, the same under every strategy.
         section: "weights", "optimizer/exp_avg", ...
-        tensor: the local part, on any device, of shape `box.shape`; loading fills it in place.
+        tensor: the local part, on any device, of shape `box.shape`; loading fills it in place. One in another encoding is
+            decoded when it is saved and encoded when it is loaded.
         box: which part of the whole it is; it may be empty.
         global_shape: shape of the whole tensor.
         replica_rank, replica_count: which copy of this box the rank holds, out of how many. Ranks that share copies
@@ -32,7 +37,7 @@ class TensorEntry:
 
     name: str
     section: str
-    tensor: torch.Tensor
+    tensor: Stored
     box: Box
     global_shape: tuple[int, ...]
     replica_rank: int = 0
@@ -60,26 +65,50 @@ class TensorEntry:
 
 def training_entries(
     parameters: Mapping[str, torch.Tensor],
-    optimizer_state: Mapping[str, Mapping[str, torch.Tensor]],
+    optimizer_state: Mapping[str, Mapping[str, Stored]],
     *,
     replica_rank: int,
     replica_count: int,
+    masters: Mapping[str, Stored] | None = None,
 ) -> list[TensorEntry]:
-    """Describes what a rank holds of a model in training: sections "weights" and "optimizer/<key>".
+    """Describes what a rank holds of a model in training: sections "weights", "optimizer/<key>", and "native/..." of 8-bit states.
 
     Args:
         parameters: plain or DTensors, by name.
         optimizer_state: {key: {parameter's name: tensor shaped like its local shard}}.
         replica_rank, replica_count: which copy of its shards this rank holds, out of how many.
+        masters: float32 weights of parameters that are kept in another form.
     """
-    sections = {"weights": {name: local_tensor(parameter.detach()) for name, parameter in parameters.items()}}
+    sections: dict[str, dict[str, Stored]] = {"weights": {name: local_tensor(value.detach()) for name, value in parameters.items()}}
+    sections["weights"] |= masters or {}
     sections |= {f"optimizer/{key}": dict(tensors) for key, tensors in optimizer_state.items()}
     boxes = {name: local_box(parameter) for name, parameter in parameters.items()}
-    return [
+    entries = [
         TensorEntry(name, section, tensor, *boxes[name], replica_rank, replica_count)
         for section, tensors in sections.items()
         for name, tensor in tensors.items()
     ]
+    return [*entries, *(native for entry in entries for native in _native_entries(entry, parameters[entry.name]))]
+
+
+def _native_entries(entry: TensorEntry, parameter: torch.Tensor) -> Iterator[TensorEntry]:
+    """Describes what an encoded tensor really is.
+
+    Blocks of 256 begin anew in each shard, so the number of shards is part of the section's name: what another number of them
+    saved is never mistaken for one's own.
+    """
+    if not isinstance(entry.tensor, EncodedTensor) or not entry.tensor.natives:
+        return
+    rank, rows = shard_rows(parameter)
+    row_numel = Box.whole(entry.global_shape[1:]).numel
+    blocks = [num_blocks(count * row_numel) for count in rows]
+    for kind, tensor in entry.tensor.natives.items():
+        section = f"{NATIVE}{len(rows)}-shards/{entry.section.removeprefix('optimizer/')}.{kind}"
+        if kind == "codes":
+            yield replace(entry, section=section, tensor=tensor)
+        else:
+            box = Box((sum(blocks[:rank]),), (blocks[rank],))
+            yield replace(entry, section=section, tensor=tensor, box=box, global_shape=(sum(blocks),))
 
 
 def choose_writes(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
@@ -105,13 +134,13 @@ class Writes:
     """
 
     part: Part
-    sources: tuple[tuple[int, torch.Tensor], ...]
+    sources: tuple[tuple[int, Stored], ...]
 
 
 def plan_writes(entries: Sequence[TensorEntry], step: int, rank: int, state: Mapping[str, Any]) -> Writes:
     """Decides what this rank writes; `state` is written by rank 0."""
     pieces: list[Piece] = []
-    sources: list[tuple[int, torch.Tensor]] = []
+    sources: list[tuple[int, Stored]] = []
     start = 0
     for entry in choose_writes(entries):
         assert entry.dtype in DTYPES, f"{entry.key}: {entry.dtype} is not in the format"

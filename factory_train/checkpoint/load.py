@@ -12,15 +12,14 @@ import torch
 import torch.distributed as dist
 
 from factory_train.checkpoint.agreement import Ranks
-from factory_train.checkpoint.entries import TensorEntry
+from factory_train.checkpoint.entries import NATIVE, TensorEntry
 from factory_train.checkpoint.reader import CheckpointReader, all_damaged, newest_first, passed_over
 from factory_train.checkpoint.verify import READ_THREADS
+from factory_train.distributed.encoded import EncodedTensor
 from factory_train.errors import ConfigError, IntegrityError, NotFoundError
 from factory_train.run_dir import RunDir
 
 _OPTIMIZER = "optimizer/"
-# The optimizer's own encoding beside the canonical one (docs/checkpoint-format.md).
-NATIVE = "native/"
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,17 @@ def load_checkpoint(
     chosen, left_alone = _matching(reader, chosen) if not strict else (chosen, [])
     ranks.agree("comparing the model with the checkpoint", lambda: _check_matches(reader, chosen) if strict else None)
     usable = ranks.agree("comparing layouts", lambda: _native_fits(reader, entries) if sections is None else False)
+    loaded = tuple(sorted({entry.section for entry in chosen}))
     if all(usable):
-        chosen += [entry for entry in entries if entry.section.startswith(NATIVE)]
+        # What is taken as it stands need not be read in float32 as well.
+        native = [entry for entry in entries if entry.section.startswith(NATIVE)]
+        chosen = [entry for entry in chosen if not _has_native(entry)] + native
+        loaded += tuple(sorted({entry.section for entry in native}))
     held = [(entry.section, entry.name, entry.box) for entry in chosen if entry.box.numel]
     ranks.agree("verifying a checkpoint", lambda: reader.verify_boxes(held))
     ranks.agree("loading a checkpoint", lambda: _fill(reader, chosen))
     # Read once and shared, so that all ranks continue from the very same state.
     state = ranks.agree_on_main("reading the run state", lambda: reader.state)
-    loaded = tuple(sorted({entry.section for entry in chosen}))
     return LoadedState(reader.path, reader.manifest.step, state, loaded, tuple(left_alone))
 
 
@@ -145,6 +147,10 @@ def _wanted_sections(reader: CheckpointReader, entries: Sequence[TensorEntry]) -
     ours = {section for section in asked if section.startswith(_OPTIMIZER)}
     theirs = {section for section in reader.sections() if section.startswith(_OPTIMIZER)}
     return asked if ours == theirs else asked - ours
+
+
+def _has_native(entry: TensorEntry) -> bool:
+    return isinstance(entry.tensor, EncodedTensor) and bool(entry.tensor.natives)
 
 
 def _native_fits(reader: CheckpointReader, entries: Sequence[TensorEntry]) -> bool:

@@ -17,6 +17,7 @@ from factory_train.checkpoint.format import STATE_NAME, Chunk, TensorRecord, rea
 from factory_train.checkpoint.lease import Lease
 from factory_train.checkpoint.verify import Part, verify_files, verify_parts
 from factory_train.distributed.box import Box
+from factory_train.distributed.encoded import EncodedTensor, Stored
 from factory_train.errors import FactoryTrainError, IntegrityError, NotFoundError
 from factory_train.run_dir import RunDir
 
@@ -103,12 +104,15 @@ class CheckpointReader:
         self.fill(section, name, box, values)
         return values
 
-    def fill(self, section: str, name: str, box: Box, target: torch.Tensor) -> None:
-        """Copies part of a tensor into `target` (shape `box.shape`, any device), converting its type.
+    def fill(self, section: str, name: str, box: Box, target: Stored) -> None:
+        """Copies part of a tensor into `target` (shape `box.shape`, any device), converting its type or encoding.
 
         Raises:
             IntegrityError: a file cannot be read, or the chunks do not cover the box.
         """
+        if isinstance(target, EncodedTensor):
+            target.copy_(self.read_box(section, name, box))
+            return
         record, filled = self.record(section, name), 0
         for chunk, common in record.overlapping(box):
             with torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 
 from factory_train.checkpoint.arena import Arena
 from factory_train.checkpoint.entries import Writes
+from factory_train.distributed.encoded import Stored
 
 
 class Snapshot:
@@ -88,7 +89,7 @@ class Snapshot:
         self._copied.set()
         then(failure)
 
-    def _place(self, start: int, tensor: torch.Tensor) -> torch.Tensor:
+    def _place(self, start: int, tensor: Stored) -> torch.Tensor:
         """Returns the tensor's place in the arena, as a tensor of its type and shape; wider types come first, so it is aligned."""
         return self._host[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 

@@ -10,12 +10,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from factory_train import storage
 from factory_train.commands.arguments import ArgumentParser
+from factory_train.commands.doctor_ray import ray_cluster
+from factory_train.commands.finding import NOTE, OK, PROBLEM, Finding
 from factory_train.commands.run_words import add_words, split_words
 from factory_train.errors import ExitCode, FactoryTrainError, UnavailableError
 from factory_train.hardware import visible_cards
@@ -23,35 +24,18 @@ from factory_train.launchers import slurm_queue
 from factory_train.runs_index import runs_root
 from factory_train.units import format_bytes
 
-OK, NOTE, PROBLEM = "ok", "note", "problem"
-_PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "submitit", "safetensors", "mlflow")
+_PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "submitit", "ray", "safetensors", "mlflow")
 _SLOW_FSYNC_S = 0.1
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Args:
-        about: what was looked at.
-        level: "ok", "note" (works, and worth knowing) or "problem" (will not work).
-        text: what was found.
-        fix: what to do, for a problem.
-    """
-
-    about: str
-    level: str
-    text: str
-    fix: str | None = None
 
 
 def main(argv: list[str]) -> int:
     """Prints what was found; returns 0, or 3 when something will not work."""
     parser = ArgumentParser("doctor", "Looks at the environment, the filesystem, the network and the scheduler; starts nothing.")
-    add_words(parser)
+    add_words(parser, ("launcher.address",))
     arguments = parser.parse(argv)
-    _, settings = split_words("doctor", arguments.words, ())
+    _, settings = split_words("doctor", arguments.words, ("launcher.address",))
     findings = [*environment(), *filesystem(runs_root(settings.get("runs_root"))), *network(), *scheduler()]
+    findings += ray_cluster(settings.get("launcher.address"))
     width = max(len(finding.about) for finding in findings)
     for finding in findings:
         print(f"{finding.level:<7}  {finding.about:<{width}}  {finding.text}")

@@ -27,8 +27,11 @@ def follow(started: Started, received: Sequence[int]) -> int:
     """
     view = ProgressView(started.attempt)
     attempt = started.attempt
-    passed_on = 0
+    passed_on, waits = 0, None
     while not started.handle.wait(_POLL_S):
+        if (why := started.handle.waits_for()) not in (None, waits):
+            waits = why
+            print(f"{'waits':<10}  {why}", flush=True)
         if not attempt.is_newest():
             # The scheduler has started the job again.
             with ignoring_a_lost_reader():

@@ -9,7 +9,7 @@ from typing import Any
 
 from factory_train.config import Config, LauncherConfig
 from factory_train.errors import ConfigError, PreflightError
-from factory_train.launchers import slurm_queue, slurm_script
+from factory_train.launchers import ray_jobs, slurm_queue, slurm_script
 from factory_train.launchers.allocation import check_started_once, fill_in, find_allocation
 
 
@@ -20,11 +20,14 @@ def with_launcher(config: Config) -> tuple[Config, str]:
         raise ConfigError(
             f"{config.launcher.nodes} nodes, and the local launcher has this machine only",
             where="launcher.nodes",
-            fix="launcher.nodes=1, or launcher=slurm on a cluster",
+            fix="launcher.nodes=1, or launcher=slurm or launcher=ray on a cluster",
         )
     if name == "slurm":
         slurm_script.check(config.launcher)
     options = replace(config.launcher, name=name)
+    if name == "ray":
+        # Resolved, so that `resume` in a shell of another environment finds the cluster.
+        options = replace(options, address=ray_jobs.check(options))
     if name == "allocation":
         options = replace(options, **_of_allocation(options))
     wait = name in ("local", "allocation") if config.wait is None else config.wait
@@ -63,5 +66,5 @@ def _choose_launcher(config: Config) -> tuple[str, str]:
             return "slurm", "sbatch is here and a controller answers"
         return "local", "sbatch is here, but no controller answers"
     if "RAY_ADDRESS" in os.environ:
-        return "local", "RAY_ADDRESS is set, but this version has no Ray launcher"
+        return "ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
     return "local", "no Slurm and no Ray found, so everything runs on this machine"

@@ -1,4 +1,4 @@
-"""A line that shows how far a long read is, on a terminal; nothing elsewhere."""
+"""How far a long read is: a line that is rewritten on a terminal, now and then a new one elsewhere."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ class ProgressBar:
     Args:
         label: what is being read.
         total: bytes in all.
+        log_every_s: where there is no terminal, a line every so many seconds; None writes nothing there.
     """
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, *, log_every_s: float | None = None) -> None:
         self._label, self._total, self._done = label, max(1, total), 0
-        self._began, self._shown = time.monotonic(), 0.0
+        self._began = self._shown = time.monotonic()
+        self._log_every_s = log_every_s
         self._lock = threading.Lock()
         self._live = sys.stderr.isatty()
 
@@ -43,6 +45,9 @@ class ProgressBar:
                 self._shown = now
                 sys.stderr.write(f"\r{self._line(now - self._began)}\x1b[K")
                 sys.stderr.flush()
+            elif not self._live and self._log_every_s is not None and now - self._shown >= self._log_every_s:
+                self._shown = now
+                print(self._line(now - self._began), file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
         part = min(1.0, self._done / self._total)

@@ -17,8 +17,9 @@ from factory_train.checkpoint.catalog import list_checkpoints
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.run_words import add_words, split_words
 from factory_train.console import DATA_WAIT_STEPS, DataWait, failure_lines
-from factory_train.errors import ConfigError, FactoryTrainError, UnavailableError
+from factory_train.errors import ConfigError, FactoryTrainError
 from factory_train.launchers.by_name import is_alive, scheduled
+from factory_train.launchers.ray_jobs import RayJob
 from factory_train.launchers.slurm_queue import QueuedJob
 from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
 from factory_train.runs_index import all_runs, find_run, runs_root
@@ -133,21 +134,22 @@ def _data_wait(attempt: Attempt) -> float | None:
     return wait.significant()
 
 
-def _job(run: RunDir) -> tuple[QueuedJob | None, str | None]:
+def _job(run: RunDir) -> tuple[QueuedJob | RayJob | None, str | None]:
     """Returns the run's place in its scheduler's queue, and a line about it for people."""
     handle = scheduled(run)
     if handle is None:
         return None, None
+    kind = handle.job["launcher"]
     try:
         job = handle.queued()
-    except UnavailableError as error:
-        return None, f"slurm {handle.job_ids[0]}: {error.what}"
+    except FactoryTrainError as error:
+        return None, f"{kind} {handle.job_ids[0]}: {error.what}"
     if job is None:
-        return None, f"slurm {handle.job_ids[0]}: not in the queue any more"
-    return job, f"slurm {job.id}: {job.state}" + (f" on {job.nodes}" if job.nodes else "")
+        return None, f"{kind} {handle.job_ids[0]}: has ended"
+    return job, f"{kind} {job.id}: {job.state}" + (f" on {job.nodes}" if job.nodes else "")
 
 
-def _state(run: RunDir, attempt: Attempt, job: QueuedJob | None) -> str:
+def _state(run: RunDir, attempt: Attempt, job: QueuedJob | RayJob | None) -> str:
     if job is not None and job.status == "pending":
         # Whatever the last attempt came to: the next one is on its way.
         return "pending"

@@ -12,12 +12,14 @@ from pathlib import Path
 from factory_train import checks, storage, switches
 from factory_train.checkpoint import origin
 from factory_train.commands.launcher_choice import with_launcher
-from factory_train.config import Config, unsafe_changes
-from factory_train.data.manifest import DataManifest, cache_root, check_length, find_prepared
+from factory_train.config import Config, LauncherConfig, unsafe_changes
+from factory_train.data.catalog import cache_root, known_manifest
+from factory_train.data.manifest import check_length
+from factory_train.data.mixture import check_set_lengths
 from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
 from factory_train.hardware import Hardware, detect, visible_cards
-from factory_train.launchers import slurm_array
+from factory_train.launchers import ray_jobs, slurm_array
 from factory_train.launchers.by_name import is_alive, launcher_named
 from factory_train.launchers.job import Gang, JobHandle, JobSpec
 from factory_train.launchers.slurm import SlurmLauncher
@@ -66,7 +68,8 @@ class Request:
         """
         config = self.config
         # Compute nodes never open a database file: a local one is fed by `sync`, where the person is.
-        tracker = config.tracking.backend != "none" and (config.launcher.name == "local" or "://" in (config.tracking.uri or "sqlite"))
+        here = config.launcher.name == "local" or (config.launcher.name == "ray" and config.launcher.address == ray_jobs.OWN)
+        tracker = config.tracking.backend != "none" and (here or "://" in (config.tracking.uri or "sqlite"))
         data = [Path(config.data.path)] if config.data.path else []
         return JobSpec(
             attempt=attempt,
@@ -74,10 +77,17 @@ class Request:
             environ=self.environ,
             grace_s=config.launcher.grace_s,
             tracker=tracker,
-            options=config.launcher,
+            options=self._options(),
             code=code,
             folders=(cache_root(config, self.root), *data),
         )
+
+    def _options(self) -> LauncherConfig:
+        """Returns the launcher's section; a Ray node must set the cards aside that the plan counts on."""
+        options = self.config.launcher
+        if options.name == "ray" and self.plan.device == "cuda" and options.gpus_per_node is None:
+            return replace(options, gpus_per_node=self.plan.tasks_per_node)
+        return options
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,8 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
     config, reason = with_launcher(config)
     hardware = _hardware(config)
     checks.check_world(config, config.launcher.nodes * resolve_tasks_per_node(config, hardware))
+    if config.launcher.elastic.min_nodes is not None:
+        checks.check_world(config, config.launcher.elastic.min_nodes * resolve_tasks_per_node(config, hardware))
     plan = _plan(config, hardware, cache_root(config, root))
     if run is not None:
         check_continues(run, config, force=force)
@@ -270,7 +282,8 @@ def _new_attempt(request: Request, run: RunDir) -> Attempt:
     last = run.last_attempt()
     forced = unsafe_changes(last.config(), request.config) if last else {}
     # Whoever starts a run again does not want it stopped any more.
-    switches.turn_off(run, switches.STOP)
+    for name in (switches.STOP, switches.PREEMPT):
+        switches.turn_off(run, name)
     attempt = run.new_attempt(request.config)
     storage.write_json(attempt.path / "plan.json", request.plan.to_json())
     write_snapshot(attempt, request.argv, request.config.plugins)
@@ -312,10 +325,10 @@ def _hardware(config: Config) -> Hardware:
 
 
 def _plan(config: Config, hardware: Hardware, cache: Path) -> Plan:
-    prepared = find_prepared(config.data, cache)
-    manifest = DataManifest.load(prepared) if prepared else None
+    manifest = known_manifest(config.data, cache)
     if manifest is not None:
         check_length(manifest, config.train.seq_len)
+        check_set_lengths(config.data, config.train.seq_len)
     checks.check_vocabulary(config, manifest.vocab_size if manifest else None)
     at_most = {"bpe": config.data.vocab_size, "byte": checks.BYTE_VOCABULARY, "char": _CHAR_VOCABULARY}[config.data.tokenizer]
     rows = config.model.vocab_size or (manifest.vocab_size if manifest else at_most)

@@ -137,6 +137,9 @@ def _prepare(overrides: Sequence[str], argv: Sequence[str], config_dir: str | No
             error.where = f"{error.where} ({label})" if error.where else label
             error.fix = error.fix.replace("take another run=NAME", "take another sweep=NAME") if error.fix else None
             raise
+        if request.config.launcher.name != "slurm":
+            # Somebody has to start the next.
+            request = replace(request, config=replace(request.config, wait=config.wait is not False))
         if request.config.launcher.name == "local":
             request = replace(request, config=sweep_local.share_cores(request.config, together, request.plan.tasks_per_node))
         drafts.append(Draft(point, request, composition))

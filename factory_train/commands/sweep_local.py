@@ -1,4 +1,4 @@
-"""Points of a sweep on this machine: a bounded number at once, sharing its cores, its memory and its cards."""
+"""Points of a sweep, a bounded number at once: on this machine, sharing its cores, memory and cards, or each a job of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def run_points(sweep: SweepDir, record: SweepRecord, drafts: Sequence[Draft], vi
             running.remove(point)
             result = read_point(sweep, point.draft.point)
             note(sweep, record, point.draft, result.state)
-            verdict = point.started.attempt.verdict()
+            newest = point.started.attempt.run.last_attempt() or point.started.attempt
+            verdict = newest.verdict()
             codes.append(verdict.exit_code if verdict else point.started.handle.exit_code or ExitCode.FAILED)
             view.ended(point.draft, result)
         view.update()
@@ -162,8 +163,8 @@ def _not_started(sweep: SweepDir, record: SweepRecord, draft: Draft, view: Sweep
 
 
 def _on_cards(request: Request, slot: int, together: int) -> Request:
-    """Returns the request with cards of its own, where points that run at once would otherwise all take the first."""
-    if together == 1 or request.plan.device != "cuda":
+    """Returns the request with cards of its own, where points on this machine would otherwise all take the first."""
+    if together == 1 or request.plan.device != "cuda" or request.config.launcher.name != "local":
         return request
     return replace(
         request,

@@ -11,6 +11,21 @@ Tokens = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
+def pairs(tokens_N: Tokens, starts_D: Tokens | None) -> tuple[Tokens, Tokens]:
+    """Returns each token and the one behind it, (P,) and (P,): all pairs, or those within documents.
+
+    Args:
+        tokens_N: tokens (N,).
+        starts_D: where documents begin, in these tokens and beyond; None counts pairs over their borders too.
+    """
+    first, second = tokens_N[:-1], tokens_N[1:]
+    if starts_D is None:
+        return first, second
+    within = np.ones(len(second), dtype=bool)
+    within[starts_D[(starts_D > 0) & (starts_D < len(tokens_N))] - 1] = False
+    return first[within], second[within]
+
+
 class Unigram:
     """Add-one smoothed token frequencies: p(w) = (c(w) + 1) / (N + V).
 
@@ -41,14 +56,16 @@ class KneserNeyBigram:
     Args:
         train_N: training tokens (N,).
         vocab_size: V.
+        starts_D: where documents begin in them, to count pairs within documents only.
     """
 
-    def __init__(self, train_N: Tokens, vocab_size: int) -> None:
+    def __init__(self, train_N: Tokens, vocab_size: int, starts_D: Tokens | None = None) -> None:
         self._vocab_size = vocab_size
-        self._pairs, self._pair_counts = np.unique(train_N[:-1] * vocab_size + train_N[1:], return_counts=True)
+        context_P, token_P = pairs(train_N, starts_D)
+        self._pairs, self._pair_counts = np.unique(context_P * vocab_size + token_P, return_counts=True)
         self._discount = _discount(self._pair_counts)
         first, second = np.divmod(self._pairs, vocab_size)
-        self._context_counts_V = np.bincount(train_N[:-1], minlength=vocab_size)
+        self._context_counts_V = np.bincount(context_P, minlength=vocab_size)
         self._followers_V = np.bincount(first, minlength=vocab_size)
         predecessors_V = np.bincount(second, minlength=vocab_size)
         num_pairs, discount = max(len(self._pairs), 1), _discount(predecessors_V)
@@ -73,17 +90,25 @@ def _discount(counts: npt.NDArray[Any]) -> float:
     return once / (once + 2 * twice) if once and twice else 0.5
 
 
-def baselines(train_N: Tokens, validation_M: Tokens, vocab_size: int) -> dict[str, float]:
-    """Returns both cross-entropies over tokens 1..M-1 of the validation split: the targets a trained model has.
+def baselines(
+    train_N: Tokens,
+    validation_M: Tokens,
+    vocab_size: int,
+    train_starts_D: Tokens | None = None,
+    validation_starts_D: Tokens | None = None,
+) -> dict[str, float]:
+    """Returns both cross-entropies over the targets of the validation split that a trained model has.
 
     Args:
         train_N: training tokens (N,).
         validation_M: validation tokens (M,), M >= 2.
         vocab_size: V.
+        train_starts_D, validation_starts_D: where documents begin, if the model sees no document from another: pairs are then
+            counted and judged within documents. None judges tokens 1 to M-1.
     Returns:
         `unigram` and `bigram_kneser_ney`, in nats per token.
     """
-    context, target = validation_M[:-1], validation_M[1:]
+    context, target = pairs(validation_M, validation_starts_D)
     unigram = Unigram(train_N, vocab_size).probability(target)
-    bigram = KneserNeyBigram(train_N, vocab_size).probability(context, target)
+    bigram = KneserNeyBigram(train_N, vocab_size, train_starts_D).probability(context, target)
     return {"unigram": float(-np.log(unigram).mean()), "bigram_kneser_ney": float(-np.log(bigram).mean())}

@@ -1,8 +1,5 @@
 """Training rows for one rank: the same samples in the same global order at any world size.
 
-Row j of a split is its tokens [j * seq_len, (j + 1) * seq_len], one more than seq_len: the inputs are all but the last,
-the targets all but the first.
-
 Shape suffixes: B rows of a micro-batch, T = seq_len.
 """
 
@@ -19,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from factory_train.data.order import SampleOrder
-from factory_train.data.shards import TokenStream
+from factory_train.data.rows import IGNORE_INDEX, Row, Rows
+from factory_train.data.samples import SampleSource
 
-IGNORE_INDEX = -100
 # A sum of this many 32-bit hashes is exact in a float64, which is what ranks reduce it in.
 MAX_SAMPLES_PER_STEP = 2**20
 
@@ -65,10 +61,27 @@ class Cursor:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a rank processes at once: int64 tokens (B, T) and targets (B, T); targets of padding are IGNORE_INDEX."""
+    """What a rank processes at once, all int64.
+
+    Args:
+        tokens_BT: inputs.
+        targets_BT: what each place is to predict; IGNORE_INDEX where it is nothing, as in padding.
+        positions_BT: place of each token in its document; None where a whole row is one context.
+    """
 
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
+    positions_BT: torch.Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the model takes."""
+        return (self.tokens_BT,) if self.positions_BT is None else (self.tokens_BT, self.positions_BT)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Returns it on a device; the copy is asynchronous where the memory is pinned."""
+        tensors = (self.tokens_BT, self.targets_BT, self.positions_BT)
+        return MicroBatch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class StepBatch:
     Args:
         micro_batches: as many as on every other rank.
         num_targets: target tokens of the step over all ranks; what the loss is divided by.
-        data_hash: sum over this rank's rows of a hash of sample number and tokens: its sum over ranks depends on the
+        data_hash: sum over this rank's rows of a hash of sample number and row: its sum over ranks depends on the
             step's samples only.
         cursor_after: position to resume from once the step is done.
     """
@@ -89,21 +102,14 @@ class StepBatch:
     cursor_after: Cursor
 
 
-def num_rows(stream: TokenStream, seq_len: int) -> int:
-    """Returns how many rows a split has."""
-    return (stream.num_tokens - 1) // seq_len
-
-
 class TokenLoader:
     """Makes the step batches of one rank, ahead of their use, in a background thread.
 
     Args:
-        stream: the training split, with at least one row (`check_length`).
-        seq_len: T, in tokens.
+        samples: what is trained on.
         samples_per_step: rows of one optimizer step over all ranks.
         micro_batch_size: B.
         dp_rank, dp_size: this rank and the number of ranks that share a step's samples.
-        seed: fixes the order.
         cursor: where to begin.
         pin_memory: page-lock the tensors for asynchronous copies to the current CUDA device.
         prefetch: steps made ahead.
@@ -111,14 +117,12 @@ class TokenLoader:
 
     def __init__(
         self,
-        stream: TokenStream,
+        samples: SampleSource,
         *,
-        seq_len: int,
         samples_per_step: int,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        seed: int,
         cursor: Cursor | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
@@ -126,10 +130,9 @@ class TokenLoader:
         assert 1 <= samples_per_step <= MAX_SAMPLES_PER_STEP, samples_per_step
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
         assert prefetch >= 1, prefetch
-        self._stream, self._seq_len, self._samples_per_step = stream, seq_len, samples_per_step
+        self._samples, self._samples_per_step = samples, samples_per_step
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
         self._pin_memory = pin_memory
-        self._order = SampleOrder(num_rows(stream, seq_len), seed)
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._failure: BaseException | None = None
@@ -184,34 +187,29 @@ class TokenLoader:
             self._queue.put(error)
 
     def _make_step(self, cursor: Cursor) -> StepBatch:
-        samples, cursor_after = cursor.take(self._samples_per_step)
+        numbers, cursor_after = cursor.take(self._samples_per_step)
         micro_batches, data_hash = [], 0
-        for mine in _shares(len(samples), self._micro_batch_size, self._dp_rank, self._dp_size):
+        for mine in _shares(len(numbers), self._micro_batch_size, self._dp_rank, self._dp_size):
             rows = []
-            for sample in samples[mine.start : mine.stop]:
-                row = _row(self._stream, self._order.row_of_sample(sample), self._seq_len)
+            for sample in numbers[mine.start : mine.stop]:
+                row = self._samples.row(sample)
                 data_hash += _row_hash(sample, row)
                 rows.append(row)
-            micro_batches.append(_micro_batch(rows, self._micro_batch_size, self._seq_len, self._pin_memory))
-        return StepBatch(micro_batches, len(samples) * self._seq_len, data_hash, cursor_after)
+            micro_batches.append(_micro_batch(rows, self._micro_batch_size, self._samples, self._pin_memory))
+        return StepBatch(micro_batches, self._samples.num_targets(numbers), data_hash, cursor_after)
 
 
-def validation_batches(
-    stream: TokenStream, *, seq_len: int, max_rows: int, micro_batch_size: int, dp_rank: int, dp_size: int
-) -> list[MicroBatch]:
-    """Returns one rank's part of the first rows of the validation split, in order: disjoint windows, each token a target once.
+def validation_batches(rows: Rows, *, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[MicroBatch]:
+    """Returns one rank's part of the validation rows, in order; each token is a target at most once.
 
     Args:
-        stream: the validation split.
-        seq_len: T, in tokens.
-        max_rows: rows over all ranks, at most.
+        rows: of a run's own validation tokens.
         micro_batch_size: B.
         dp_rank, dp_size: this rank and how many share the rows; each gets the same number of micro-batches.
     """
-    total = min(max_rows, num_rows(stream, seq_len))
     return [
-        _micro_batch([_row(stream, row, seq_len) for row in mine], micro_batch_size, seq_len, pin_memory=False)
-        for mine in _shares(total, micro_batch_size, dp_rank, dp_size)
+        _micro_batch([rows.row(number) for number in mine], micro_batch_size, rows, pin_memory=False)
+        for mine in _shares(len(rows), micro_batch_size, dp_rank, dp_size)
     ]
 
 
@@ -225,19 +223,28 @@ def _shares(total: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> It
         yield range(min(start, total), min(start + micro_batch_size, total))
 
 
-def _row(stream: TokenStream, row: int, seq_len: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return stream.slice(row * seq_len, seq_len + 1)
-
-
-def _row_hash(sample: int, row: np.ndarray[Any, np.dtype[np.int64]]) -> int:
+def _row_hash(sample: int, row: Row) -> int:
     # As uint32 whatever the shards hold, so that the hash is a property of the tokens.
-    return zlib.crc32(row.astype("<u4").tobytes(), zlib.crc32(sample.to_bytes(8, "little")))
+    if row.positions_T is None:
+        content = np.append(row.tokens_T, row.targets_T[-1:]).astype("<u4")
+    else:
+        # Here targets are not the tokens one further; IGNORE_INDEX wraps to a number that no token is.
+        content = np.concatenate((row.tokens_T, row.targets_T, row.positions_T)).astype("<u4")
+    return zlib.crc32(content.tobytes(), zlib.crc32(sample.to_bytes(8, "little")))
 
 
-def _micro_batch(rows: Sequence[np.ndarray[Any, np.dtype[np.int64]]], micro_batch_size: int, seq_len: int, pin_memory: bool) -> MicroBatch:
-    tokens_BT = torch.zeros((micro_batch_size, seq_len), dtype=torch.int64, pin_memory=pin_memory)
-    targets_BT = torch.full((micro_batch_size, seq_len), IGNORE_INDEX, dtype=torch.int64, pin_memory=pin_memory)
+def _micro_batch(rows: Sequence[Row], micro_batch_size: int, like: SampleSource | Rows, pin_memory: bool) -> MicroBatch:
+    """Returns rows as one micro-batch, filled up with rows that have no target; `like` tells their shape."""
+    shape = (micro_batch_size, like.seq_len)
+    tokens_BT = torch.zeros(shape, dtype=torch.int64, pin_memory=pin_memory)
+    targets_BT = torch.full(shape, IGNORE_INDEX, dtype=torch.int64, pin_memory=pin_memory)
+    positions_BT = None
+    if like.has_positions:
+        positions_BT = torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory)
+        positions_BT[:] = torch.arange(like.seq_len)
     for index, row in enumerate(rows):
-        tokens_BT[index] = torch.from_numpy(row[:-1])
-        targets_BT[index] = torch.from_numpy(row[1:])
-    return MicroBatch(tokens_BT, targets_BT)
+        tokens_BT[index] = torch.from_numpy(row.tokens_T)
+        targets_BT[index] = torch.from_numpy(row.targets_T)
+        if positions_BT is not None and row.positions_T is not None:
+            positions_BT[index] = torch.from_numpy(row.positions_T)
+    return MicroBatch(tokens_BT, targets_BT, positions_BT)

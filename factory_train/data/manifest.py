@@ -1,4 +1,4 @@
-"""The manifest of prepared data, and how a request finds it again without reading any text.
+"""The manifest of prepared data: what a folder holds, and whether it does.
 
 Everything here is cheap and needs the standard library only: a login node asks it whether data is ready.
 """
@@ -8,20 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from factory_train import storage
-from factory_train.config import Config, DataConfig
-from factory_train.data.source import SPLITS, source_kind, source_path, too_short
+from factory_train.data.source import MANIFEST_NAME, PREPARED, SPLITS, too_short
 from factory_train.errors import ConfigError, IntegrityError
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 2
 TOKENIZER_NAME = "tokenizer.json"
 SOURCE_NAME = "source.json"
 
@@ -72,16 +68,19 @@ class DataManifest:
     Args:
         format_version: of this file and of everything beside it.
         id: identifies source, tokenizer settings and split; the name of the folder in the cache.
-        kind: name of the data source.
+        kind: name of the data source; "prepared" is what `prepare` made.
         description: the source, for people.
-        tokenizer: "bpe", "byte" or "char".
+        tokenizer: "bpe", "byte", "char", or "given" for a user's own.
         vocab_size: token ids are below it.
-        eos_id: id of the end-of-text token; None for a char tokenizer, which has none.
+        eos_id: id of the end-of-text token; None where there is none, as in a char tokenizer.
         dtype: "uint16" or "uint32", little-endian: how shards store a token.
         tokenizer_file: the tokenizer, as `tokenizers` and transformers read it.
         source_file: names and sha256 of the documents.
         splits: "train" and "validation".
-        baselines: cross-entropy on the validation split, in nats per token, of models that only count.
+        baselines: cross-entropy on the validation split, in nats per token, of models that only count; empty where they
+            have not been computed.
+        statistics: of what `prepare` read; None elsewhere.
+        packing: of a run's manifest: how its documents are packed into rows; None where rows know no documents.
     """
 
     format_version: int
@@ -96,6 +95,8 @@ class DataManifest:
     source_file: FileRecord
     splits: dict[str, SplitRecord]
     baselines: dict[str, float]
+    statistics: dict[str, Any] | None = None
+    packing: str | None = None
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -132,10 +133,12 @@ class DataManifest:
             path = folder / record.name
             size = path.stat().st_size if path.is_file() else None
             if size is None:
-                raise IntegrityError("prepared data is incomplete: the file is missing", where=str(path), fix=_prepare_again(folder))
+                raise IntegrityError(
+                    "prepared data is incomplete: the file is missing", where=str(path), fix=_prepare_again(folder, self.kind)
+                )
             if size != record.num_bytes:
                 what = f"prepared data is damaged: {size:,} bytes where the manifest says {record.num_bytes:,}"
-                raise IntegrityError(what, where=str(path), fix=_prepare_again(folder))
+                raise IntegrityError(what, where=str(path), fix=_prepare_again(folder, self.kind))
 
     def verify(self, folder: Path, splits: Iterable[str] = SPLITS) -> None:
         """Reads every file and compares its sha256.
@@ -148,10 +151,14 @@ class DataManifest:
         for record in self.files(splits):
             if FileRecord.of(folder / record.name) != record:
                 what = "prepared data is damaged: its sha256 is not the manifest's"
-                raise IntegrityError(what, where=str(folder / record.name), fix=_prepare_again(folder))
+                raise IntegrityError(what, where=str(folder / record.name), fix=_prepare_again(folder, self.kind))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        for optional in ("statistics", "packing"):
+            if values[optional] is None:
+                del values[optional]
+        return values
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> DataManifest:
@@ -189,7 +196,9 @@ class DataManifest:
             raise IntegrityError(what, where=str(path), fix=_prepare_again(folder)) from None
 
 
-def _prepare_again(folder: Path) -> str:
+def _prepare_again(folder: Path, kind: str | None = None) -> str:
+    if kind == PREPARED:
+        return f"remove {folder} and prepare it again: python -m factory_train prepare PATH out={folder}"
     return f"remove {folder} and start the run again: the data is prepared anew"
 
 
@@ -216,58 +225,6 @@ def check_vocabulary(manifest: DataManifest, model_vocab_size: int | None) -> No
         raise ConfigError(what, where="model.vocab_size", fix=f"model.vocab_size={manifest.vocab_size} or larger, or model.vocab_size=null")
 
 
-def cache_root(config: Config, runs_root: Path) -> Path:
-    """Returns the folder of prepared data that runs share."""
-    return Path(config.data.cache_dir).expanduser().absolute() if config.data.cache_dir else runs_root.absolute() / ".data"
-
-
-def dataset_folder(cache: Path, dataset_id: str) -> Path:
-    return cache / "datasets" / dataset_id
-
-
-def settings(config: DataConfig) -> dict[str, Any]:
-    """Returns all that decides what the tokens are, apart from the text."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "kind": source_kind(config),
-        "tokenizer": config.tokenizer,
-        "vocab_size": config.vocab_size if config.tokenizer == "bpe" else None,
-        "validation_fraction": config.validation_fraction,
-    }
-
-
-def request_path(config: DataConfig, cache: Path) -> Path:
-    """Returns the alias file that leads from this request to its prepared data.
-
-    The request stands for text that has not been read: a file by path, size and time; the standard library by the
-    interpreter it belongs to; a plugin's data source by its name and data.path. Preparing reads the text and renews the alias.
-    """
-    request = settings(config)
-    if request["kind"] == "text":
-        path = source_path(config)
-        stat = path.stat()
-        request |= {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    elif request["kind"] == "builtin":
-        request |= {"python": sys.version, "stdlib": sysconfig.get_paths()["stdlib"]}
-    else:
-        request |= {"path": config.path}
-    return cache / "requests" / f"{digest(request)}.json"
-
-
 def digest(value: Any) -> str:
     """Returns a short name for a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def find_prepared(config: DataConfig, cache: Path) -> Path | None:
-    """Returns the folder with the prepared data of this request, if it is there and of the right size."""
-    try:
-        alias = storage.read_json(request_path(config, cache))
-        if alias is None:
-            return None
-        folder = dataset_folder(cache, alias["id"])
-        DataManifest.load(folder).check_sizes(folder)
-    except (OSError, ValueError, KeyError, TypeError, IntegrityError):
-        # Whatever is wrong with it, preparing again is the remedy, and it says what was wrong.
-        return None
-    return folder

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 _ROUNDS = 6
 _MASK = 2**64 - 1
+# An int, or uint64 (N,), whose arithmetic is modulo 2**64 by itself.
+_Bits = TypeVar("_Bits", int, npt.NDArray[Any])
 
 
 class Permutation:
@@ -41,14 +47,24 @@ class Permutation:
             if index < self._size:
                 return index
 
-    def _encrypt(self, index: int) -> int:
+    def many(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns where elements (N,) go, (N,); for thousands at once some thirty times faster than one by one."""
+        assert index.size == 0 or (index.min() >= 0 and index.max() < self._size), index
+        out = index.astype(np.uint64)
+        beyond = np.arange(len(out))
+        while len(beyond):
+            out[beyond] = self._encrypt(out[beyond])
+            beyond = beyond[out[beyond] >= self._size]
+        return out.astype(np.int64)
+
+    def _encrypt(self, index: _Bits) -> _Bits:
         left, right = index >> self._half_bits, index & self._half_mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
+            left, right = right, left ^ (scramble(right ^ key) & self._half_mask)
         return left << self._half_bits | right
 
 
-def _mix(value: int) -> int:
+def scramble(value: _Bits) -> _Bits:
     """Scrambles 64 bits. Source: the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
@@ -68,3 +84,12 @@ class SampleOrder:
         if epoch != self._epoch:
             self._epoch, self._permutation = epoch, Permutation(self.num_rows, self._seed, epoch)
         return self._permutation(index)
+
+    def rows_of_samples(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the rows of samples (N,): `row_of_sample` of each."""
+        epochs, indices = np.divmod(samples, self.num_rows)
+        rows = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            own = epochs == epoch
+            rows[own] = Permutation(self.num_rows, self._seed, int(epoch)).many(indices[own])
+        return rows

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from factory_train import storage
 from factory_train.config import DataConfig
+from factory_train.data import mixture
 from factory_train.data.baselines import baselines
+from factory_train.data.catalog import dataset_folder, request_path, settings
 from factory_train.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -28,13 +29,12 @@ from factory_train.data.manifest import (
     SplitRecord,
     check_length,
     check_vocabulary,
-    dataset_folder,
     digest,
-    request_path,
-    settings,
 )
+from factory_train.data.mixture_prepare import prepare_mixture
+from factory_train.data.packing_index import check_pairs
 from factory_train.data.shards import SHARD_TOKENS, ShardWriter, TokenStream, stored, token_dtype
-from factory_train.data.source import SPLITS, Document, Source, read_source
+from factory_train.data.source import MIXTURE, PREPARED, SPLITS, Document, Source, read_source, source_kind, source_path
 from factory_train.data.tokenizer import PIECE_CHARACTERS, Tokenizer, pieces
 from factory_train.errors import DataError, IntegrityError, PreflightError
 
@@ -44,6 +44,7 @@ __all__ = ["check_length", "check_vocabulary", "copy_for_run", "prepare"]
 _BATCH_PIECES = 64
 # Baselines count at most this much of the training split: a minute of sorting would not make them better.
 _BASELINE_TOKENS = 20_000_000
+_BASELINE_STRETCHES = 100
 
 
 def prepare(config: DataConfig, cache: Path, report: Callable[[str], None], *, shard_tokens: int = SHARD_TOKENS) -> Path:
@@ -58,8 +59,17 @@ def prepare(config: DataConfig, cache: Path, report: Callable[[str], None], *, s
         shard_tokens: most tokens of one shard file.
     Raises:
         DataError: the text is missing, not text, or too short to have both splits.
+        IntegrityError: data that the verb `prepare` made is damaged.
         PreflightError: the cache cannot be written.
     """
+    if source_kind(config) == PREPARED:
+        folder = source_path(config)
+        manifest = DataManifest.load(folder)
+        manifest.check_sizes(folder)
+        report(f"data: {manifest.description}, {manifest.splits['train'].num_tokens:,} training tokens in {folder}")
+        return folder
+    if source_kind(config) == MIXTURE:
+        return prepare_mixture(mixture.load(config), cache, report)
     source = read_source(config)
     num_bytes = sum(row["bytes"] for row in source.manifest)
     documents = f"{len(source.manifest):,} documents, " if len(source.manifest) > 1 else ""
@@ -69,7 +79,8 @@ def prepare(config: DataConfig, cache: Path, report: Callable[[str], None], *, s
     try:
         with storage.locked(cache / "locks" / f"{dataset_id}.lock"):
             if not _is_intact(folder, report):
-                _build(config, source, folder, report, shard_tokens)
+                with storage.replacing_folder(folder) as building:
+                    _fill(config, source, dataset_id, building, report, shard_tokens)
             storage.write_json(request_path(config, cache), {"id": dataset_id})
     except OSError as error:
         what = f"prepared data cannot be written: {error.strerror or error}"
@@ -88,28 +99,6 @@ def _is_intact(folder: Path, report: Callable[[str], None]) -> bool:
         return False
     report(f"data: {folder.name} was prepared before, verified")
     return True
-
-
-def _build(config: DataConfig, source: Source, folder: Path, report: Callable[[str], None], shard_tokens: int) -> None:
-    """Builds the dataset beside its place and moves it there; the caller holds the lock."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.tmp-"
-    # Under the lock, what another process left behind can only be of one that died.
-    for remains in folder.parent.glob(prefix + "*"):
-        shutil.rmtree(remains)
-    building = folder.parent / (prefix + secrets.token_hex(4))
-    building.mkdir()
-    try:
-        _fill(config, source, folder.name, building, report, shard_tokens)
-        storage.fsync_directory(building)
-        if folder.exists():
-            # Damaged: out of the way first, since a folder cannot replace another.
-            folder.rename(folder.parent / f"{prefix}damaged-{secrets.token_hex(4)}")
-        building.rename(folder)
-        storage.fsync_directory(folder.parent)
-    finally:
-        for remains in folder.parent.glob(prefix + "*"):
-            shutil.rmtree(remains, ignore_errors=True)
 
 
 def _fill(config: DataConfig, source: Source, dataset_id: str, folder: Path, report: Callable[[str], None], shard_tokens: int) -> None:
@@ -137,7 +126,8 @@ def _fill(config: DataConfig, source: Source, dataset_id: str, folder: Path, rep
     # A stream needs a manifest; this one lies in a folder that nobody takes for finished.
     manifest.save(folder)
     report("data: counting for the baselines")
-    figures = _baselines(folder, manifest.splits["validation"].num_tokens)
+    num_tokens = manifest.splits["validation"].num_tokens
+    figures = _baselines(folder, num_tokens, training=[(folder, 1.0)], within_documents=False)
     dataclasses.replace(manifest, baselines=figures).save(folder)
     tokens = ", ".join(f"{manifest.splits[split].num_tokens:,} {split} tokens" for split in SPLITS)
     report(f"data: {dataset_id} is ready, {tokens}")
@@ -172,13 +162,42 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[bool, str]]]:
         yield batch
 
 
-def _baselines(folder: Path, num_validation_tokens: int) -> dict[str, float]:
-    train, validation = TokenStream(folder, "train"), TokenStream(folder, "validation")
-    counted = train.slice(0, min(train.num_tokens, _BASELINE_TOKENS))
-    return baselines(counted, validation.slice(0, num_validation_tokens), train.manifest.vocab_size)
+def _baselines(
+    folder: Path, num_validation_tokens: int, *, training: Sequence[tuple[Path, float]], within_documents: bool
+) -> dict[str, float]:
+    samples = [_sample(TokenStream(of_set, "train"), round(share * _BASELINE_TOKENS)) for of_set, share in training]
+    offsets = np.cumsum([0, *(len(tokens) for tokens, _ in samples)])
+    counted = np.concatenate([tokens for tokens, _ in samples])
+    counted_starts = np.concatenate([starts + offset for (_, starts), offset in zip(samples, offsets, strict=False)])
+    validation = TokenStream(folder, "validation")
+    starts = [counted_starts, validation.document_starts()] if within_documents else []
+    return baselines(counted, validation.slice(0, num_validation_tokens), validation.manifest.vocab_size, *starts)
 
 
-def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> DataManifest:
+def _sample(train: TokenStream, num_tokens: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns training tokens and where documents begin in them: all, or stretches from all over the split if they are more."""
+    starts = train.document_starts()
+    if train.num_tokens <= num_tokens:
+        return train.slice(0, train.num_tokens), starts
+    length = -(-num_tokens // _BASELINE_STRETCHES)
+    places = np.linspace(0, train.num_tokens - length, _BASELINE_STRETCHES).astype(np.int64).tolist()
+    tokens, found = [], []
+    for number, place in enumerate(places):
+        tokens.append(train.slice(place, length))
+        inner = starts[np.searchsorted(starts, place) : np.searchsorted(starts, place + length)]
+        # A stretch begins something of its own, whatever was before it.
+        found.append(np.union1d([0], inner - place) + number * length)
+    return np.concatenate(tokens), np.concatenate(found)
+
+
+def copy_for_run(
+    folder: Path,
+    run_data: Path,
+    max_validation_tokens: int,
+    *,
+    packing: str | None = None,
+    training: Sequence[tuple[Path, float]] | None = None,
+) -> DataManifest:
     """Copies what evaluation needs into a run, so that the run directory is enough: tokenizer, manifest, validation tokens.
 
     Args:
@@ -187,12 +206,14 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> Da
         max_validation_tokens: at most so many, from the start of the split; counts of tokens, bytes and documents and
             the baselines in the run's manifest are those of exactly this part. The training split is described there,
             but its files are not copied.
+        packing: how documents are packed (`prepare_packing`), and judged within; None where rows know no documents.
+        training: folders that training reads and the share of each, for the baselines; None is `folder` alone.
     Returns:
         The run's manifest.
     Raises:
         DataError: the run already belongs to other data.
     """
-    manifest = DataManifest.load(folder)
+    manifest = dataclasses.replace(DataManifest.load(folder), packing=packing)
     if (run_data / MANIFEST_NAME).exists():
         _check_same_data(DataManifest.load(run_data), manifest)
     stream = TokenStream(folder, "validation")
@@ -200,7 +221,7 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> Da
     tokens = stream.slice(0, num_tokens)
     starts = stream.document_starts()
     starts = starts[starts < num_tokens]
-    sizes = np.asarray(Tokenizer.load(folder / TOKENIZER_NAME).token_num_bytes())
+    sizes = np.asarray(Tokenizer.load(folder / TOKENIZER_NAME, manifest.eos_id).token_num_bytes())
 
     storage.write_atomic(run_data / TOKENIZER_NAME, (folder / TOKENIZER_NAME).read_bytes())
     storage.write_atomic(run_data / "validation.bin", tokens.astype(stored(manifest.dtype)).tobytes())
@@ -216,8 +237,12 @@ def copy_for_run(folder: Path, run_data: Path, max_validation_tokens: int) -> Da
     copy = dataclasses.replace(
         manifest,
         splits={**manifest.splits, "validation": record},
-        baselines=manifest.baselines if whole else _baselines(folder, num_tokens),
+        baselines=manifest.baselines
+        if whole and packing is None and manifest.baselines
+        else _baselines(folder, num_tokens, training=training or [(folder, 1.0)], within_documents=packing is not None),
     )
+    if packing is not None:
+        check_pairs(copy, "validation")
     copy.save(run_data)
     return copy
 
@@ -226,3 +251,8 @@ def _check_same_data(before: DataManifest, now: DataManifest) -> None:
     if before.id != now.id:
         what = f"the run was started on {before.description} ({before.id}); the data is now {now.description} ({now.id})"
         raise DataError(what, where="data", fix="continue with the data it was started on, or start a new run with another run=")
+    if before.packing != now.packing:
+        what = f"the run was started on other rows: {before.packing or 'not packed'}; now they are {now.packing or 'not packed'}"
+        raise DataError(
+            what, where="data.packing", fix="continue with the version it was started with, or start a new run with another run="
+        )

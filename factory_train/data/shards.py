@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from factory_train.data.manifest import DataManifest, FileRecord
 
 SHARD_TOKENS = 2**27
+_MOST_OPEN = 128
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -28,19 +30,25 @@ def stored(dtype: str) -> np.dtype[Any]:
     return np.dtype(dtype).newbyteorder("<")
 
 
-class _HashedFile:
-    """A file that is hashed while it is written, and durable when it is closed."""
+class HashedFile:
+    """A file that is hashed while it is written, and durable when it is closed.
+
+    Args:
+        path: what was there is replaced.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._hash, self._size = path, hashlib.sha256(), 0
         self._file: BinaryIO = path.open("wb")
 
     def write(self, data: bytes) -> None:
+        """Appends bytes."""
         self._file.write(data)
         self._hash.update(data)
         self._size += len(data)
 
     def close(self) -> FileRecord:
+        """Makes the file durable and returns its record."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -59,7 +67,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, stored(dtype), shard_tokens
-        self._file: _HashedFile | None = None
+        self._file: HashedFile | None = None
         self._room = 0
         self._shards: list[FileRecord] = []
         self._starts: list[int] = []
@@ -78,7 +86,7 @@ class ShardWriter:
         array = np.asarray(tokens, dtype=self._dtype)
         while len(array):
             if self._file is None:
-                self._file = _HashedFile(self._folder / f"{self._split}-{len(self._shards):05d}.bin")
+                self._file = HashedFile(self._folder / f"{self._split}-{len(self._shards):05d}.bin")
                 self._room = self._shard_tokens
             part, array = array[: self._room], array[self._room :]
             self._file.write(part.tobytes())
@@ -95,7 +103,7 @@ class ShardWriter:
     def close(self) -> tuple[list[FileRecord], FileRecord]:
         """Ends the split; returns the records of its shards and of its document index."""
         self._end_shard()
-        index = _HashedFile(self._folder / f"{self._split}-documents.bin")
+        index = HashedFile(self._folder / f"{self._split}-documents.bin")
         index.write(np.asarray([*self._starts, self.num_tokens], dtype="<i8").tobytes())
         return self._shards, index.close()
 
@@ -115,10 +123,10 @@ class TokenStream:
         self.manifest = DataManifest.load(folder)
         self.manifest.check_sizes(folder, (split,))
         self._record = self.manifest.splits[split]
-        dtype = stored(self.manifest.dtype)
-        self._shards = [np.memmap(folder / shard.name, dtype=dtype, mode="r") for shard in self._record.shards]
+        self._dtype = stored(self.manifest.dtype)
+        self._open: OrderedDict[int, np.memmap[Any, np.dtype[Any]]] = OrderedDict()
         # Where each shard begins and, last, where the split ends.
-        self._borders = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        self._borders = np.cumsum([0, *(shard.num_bytes // self._dtype.itemsize for shard in self._record.shards)])
 
     @property
     def num_tokens(self) -> int:
@@ -139,11 +147,22 @@ class TokenStream:
         shard = int(np.searchsorted(self._borders, start, side="right")) - 1
         done = 0
         while done < length:
-            part = self._shards[shard][start + done - self._borders[shard] :][: length - done]
+            part = self._shard(shard)[start + done - self._borders[shard] :][: length - done]
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
         return out
+
+    def _shard(self, number: int) -> np.memmap[Any, np.dtype[Any]]:
+        """Returns the tokens of a shard; those used least are closed, since each costs a file descriptor and there may be thousands."""
+        shard = self._open.get(number)
+        if shard is None:
+            shard = np.memmap(self.folder / self._record.shards[number].name, dtype=self._dtype, mode="r")
+            self._open[number] = shard
+            if len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return shard
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """Returns the positions at which documents begin (num_documents,)."""

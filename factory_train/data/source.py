@@ -24,11 +24,18 @@ from factory_train.errors import ConfigError, DataError
 from factory_train.registries import DATA_SOURCES
 
 SPLITS = ("train", "validation")
+# The kind of source that is a folder made by the verb `prepare`: its tokens are there already.
+PREPARED = "prepared"
+# The kind that is several of those.
+MIXTURE = "mixture"
+MANIFEST_NAME = "manifest.json"
 # A BPE vocabulary starts from the 256 bytes and the end-of-text token.
 MIN_BPE_VOCABULARY = 257
 # Files up to this size are decoded whole when a request is checked; of larger ones only three samples are.
 FULL_CHECK_BYTES = 32 * 2**20
 SAMPLE_BYTES = 2**20
+
+_NEED_PREPARING = (".jsonl", ".ndjson", ".parquet", ".gz")
 
 # Installed packages are not the standard library, and its tests are deliberately strange text.
 _EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -64,22 +71,27 @@ class Source:
 
 
 def source_kind(config: DataConfig) -> str:
-    """Returns the name of the data source; for a built-in one, setting data.path is enough to mean text.
+    """Returns the name of the data source; for a built-in one, setting data.path is enough to mean text, or prepared data.
 
     Raises:
-        ConfigError: data.name=text without a path.
+        ConfigError: data.name=text without a path, or sets and a path.
     """
+    if config.sets:
+        if config.path is not None:
+            raise ConfigError("either data.path or data.sets, not both", where="data.path", fix="data.path=null")
+        return MIXTURE
     if not DATA_SOURCES.is_builtin(config.name):
         return config.name
     if config.path is not None:
-        return "text"
+        # os.path: a folder that may not be entered is reported by who reads it.
+        return PREPARED if os.path.isfile(source_path(config) / MANIFEST_NAME) else "text"
     if config.name == "text":
         raise ConfigError("data.name=text needs a file", where="data.path", fix="data.path=FILE.txt")
     return "builtin"
 
 
 def source_path(config: DataConfig) -> Path:
-    """Returns the absolute path of the text file; the shell leaves the ~ of `data.path=~/x.txt` to us."""
+    """Returns the absolute path of the text file or the prepared data; the shell leaves the ~ of `data.path=~/x.txt` to us."""
     assert config.path is not None
     return Path(config.path).expanduser().absolute()
 
@@ -123,7 +135,7 @@ def divide(description: str, documents: Iterable[Document], validation_fraction:
     """
     splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
     for document in documents:
-        splits["validation" if _held_out(document.name, validation_fraction) else "train"].append(document)
+        splits["validation" if is_held_out(document.name, validation_fraction) else "train"].append(document)
     # Validation may use only the first part: in order of the hash, any first part is a fair sample of the files.
     splits["validation"].sort(key=lambda document: _digest(document.name))
     manifest = [_manifest_row(document.name, document.text.encode()) for split in splits.values() for document in split]
@@ -143,7 +155,7 @@ def _digest(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def _held_out(name: str, validation_fraction: float) -> bool:
+def is_held_out(name: str, validation_fraction: float) -> bool:
     """Returns whether a document belongs to the validation split: a fixed function of its name alone."""
     return int.from_bytes(_digest(name)[:8], "big") < validation_fraction * 2**64
 
@@ -210,6 +222,12 @@ def check_source(config: DataConfig, seq_len: int) -> None:
         fix = f"data.vocab_size={MIN_BPE_VOCABULARY} or larger, or data.tokenizer=byte"
         raise ConfigError(f"a BPE vocabulary of {config.vocab_size} does not hold the 256 bytes", where="data.vocab_size", fix=fix)
     kind = source_kind(config)
+    if not config.sets and (config.weights or config.phases):
+        where = "data.weights" if config.weights else "data.phases"
+        raise ConfigError("weights of what? There are no data.sets", where=where, fix="data.sets={web:FOLDER,code:FOLDER}")
+    if kind in (PREPARED, MIXTURE):
+        # Its manifest says all there is to check; whoever asks for the data looks at it.
+        return
     if not DATA_SOURCES.is_builtin(kind):
         # How much text a plugin has shows when it is read.
         return
@@ -230,7 +248,7 @@ def _most_tokens_of_builtin(validation_fraction: float) -> dict[str, int]:
         raise _no_builtin()
     for name, size in [*sizes, *((document.name, len(document.text.encode())) for document in _topics())]:
         # One token more than bytes: the end-of-text token.
-        most["validation" if _held_out(name, validation_fraction) else "train"] += size + 1
+        most["validation" if is_held_out(name, validation_fraction) else "train"] += size + 1
     return most
 
 
@@ -253,8 +271,10 @@ def _check_regular(path: Path) -> int:
     try:
         if not path.exists():
             raise DataError("no such file", where=where, fix="data.path=FILE.txt, a file that exists")
-        if path.is_dir():
-            raise DataError("is a folder, not a text file", where=where, fix=fix)
+        if path.is_dir() or path.suffix in _NEED_PREPARING:
+            what = "is a folder without prepared data" if path.is_dir() else f"{path.suffix} files are to be prepared first"
+            out = f"{path.name.removesuffix(path.suffix)}-tokens"
+            raise DataError(what, where=where, fix=f"python -m factory_train prepare {shlex.quote(str(path))}, then data.path={out}")
         if not path.is_file():
             raise DataError("is not a regular file", where=where, fix=fix)
         size = path.stat().st_size

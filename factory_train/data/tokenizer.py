@@ -1,4 +1,5 @@
-"""Tokenizers of three kinds, all of them `tokenizers` objects, so that each exports as a Hugging Face tokenizer.json.
+"""Tokenizers, all of them `tokenizers` objects, so that each exports as a Hugging Face tokenizer.json: three kinds that
+are made here, and any that a user brings (`prepare tokenizer=FILE`).
 
 - bpe: byte-level byte-pair encoding, trained on the training split. Radford et al., "Language Models are Unsupervised
   Multitask Learners", 2019, section 2.2.
@@ -11,6 +12,7 @@ Text is never interpreted: the characters `<|endoftext|>` in a document are char
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,19 +27,34 @@ END_OF_TEXT = "<|endoftext|>"
 # Text is encoded in pieces of about this many characters: enough to share among threads, little enough memory.
 PIECE_CHARACTERS = 2**16
 _CUT = re.compile(r"(?<=\S)\n")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
-    """Text to token ids and back; `decode(encode(text)) == text`."""
+    """Text to token ids and back; `decode(encode(text)) == text` for those made here, and for most others.
 
-    def __init__(self, inner: HfTokenizer) -> None:
+    Args:
+        inner: of any kind; what it says about truncation and padding is for inference, and switched off.
+        eos_id: the end-of-text token, which no text is ever encoded to; None if there is none.
+    """
+
+    def __init__(self, inner: HfTokenizer, eos_id: int | None) -> None:
         self._inner = inner
         # Not part of tokenizer.json: by default `tokenizers` would turn the characters into the special token.
         inner.encode_special_tokens = True
-        self.vocab_size: int = inner.get_vocab_size()
-        self.eos_id: int | None = inner.token_to_id(END_OF_TEXT)
-        # Tokens of a byte-level vocabulary are bytes in disguise; those of a char vocabulary are the characters.
-        self._characters = None if isinstance(inner.pre_tokenizer, pre_tokenizers.ByteLevel) else frozenset(inner.get_vocab())
+        inner.no_truncation()
+        inner.no_padding()
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        # Ids may have holes between them.
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        self.eos_id = eos_id
+        self._kind = _kind(inner)
+        self._characters = frozenset(vocabulary) if self._kind == "char" else None
+
+    @property
+    def cuts_at_line_ends(self) -> bool:
+        """Whether a long text may be encoded in the `pieces` of it: true of byte-level tokens, which know no start of a text."""
+        return self._kind in ("bytes", "char")
 
     @staticmethod
     def train(kind: str, train: Iterable[str], everything: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -50,18 +67,22 @@ class Tokenizer:
             vocab_size: of bpe, at most, end-of-text included.
         """
         if kind == "char":
-            return Tokenizer(_char(everything))
-        return Tokenizer(_bpe(train, vocab_size) if kind == "bpe" else _byte())
+            return Tokenizer(_char(everything), None)
+        inner = _bpe(train, vocab_size) if kind == "bpe" else _byte()
+        return Tokenizer(inner, inner.token_to_id(END_OF_TEXT))
 
     @staticmethod
-    def load(path: Path) -> Tokenizer:
-        """Reads a tokenizer.json written by `save`.
+    def load(path: Path, eos_id: int | None) -> Tokenizer:
+        """Reads a tokenizer.json.
 
+        Args:
+            path: written by `save`, or anybody's.
+            eos_id: its end-of-text token, which the file itself does not tell.
         Raises:
             IntegrityError: it is missing or damaged.
         """
         try:
-            return Tokenizer(HfTokenizer.from_file(str(path)))
+            return Tokenizer(HfTokenizer.from_file(str(path)), eos_id)
         except Exception as error:  # `tokenizers` raises bare Exception
             raise IntegrityError(f"not a tokenizer: {error}", where=str(path)) from None
 
@@ -94,13 +115,52 @@ class Tokenizer:
         """Returns the text of ids, end-of-text left out; bytes that are no UTF-8 become U+FFFD, as a sample may end midway."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token by its name; None if there is no such token."""
+        index: int | None = self._inner.token_to_id(token)
+        return index
+
+    def token_name(self, token_id: int) -> str | None:
+        """Returns a token as the vocabulary spells it; None for an id that is not in use."""
+        name: str | None = self._inner.id_to_token(token_id)
+        return name
+
+    def special_tokens(self) -> list[str]:
+        """Returns the names of the tokens that stand for no text, by id."""
+        return [token.content for _, token in sorted(self._inner.get_added_tokens_decoder().items()) if token.special]
+
     def token_num_bytes(self) -> list[int]:
-        """Returns how many bytes of text each token stands for; 0 for end-of-text and ids that are not in use."""
+        """Returns how many bytes of text each token stands for; 0 for special tokens and ids that are not in use.
+
+        Exact for byte-level and char vocabularies; of others, which may add a space in front of a text, within a byte or two a text.
+        """
         sizes = [0] * self.vocab_size
-        for token, index in self._inner.get_vocab().items():
-            if index != self.eos_id:
-                sizes[index] = len(token) if self._characters is None else len(token.encode())
+        for token, index in self._inner.get_vocab(with_added_tokens=False).items():
+            sizes[index] = _num_bytes(token, self._kind)
+        for index, added in self._inner.get_added_tokens_decoder().items():
+            sizes[index] = 0 if added.special else len(added.content.encode())
         return sizes
+
+
+def _kind(inner: HfTokenizer) -> str:
+    """Returns what the tokens of a vocabulary are: "bytes" in disguise, "char"acters, or "pieces" of words of other kinds."""
+    definition = json.loads(inner.to_str())
+    decoder = definition["decoder"] or {}
+    kinds = {decoder.get("type"), *(part["type"] for part in decoder.get("decoders", ()))}
+    if "ByteLevel" in kinds:
+        return "bytes"
+    return "char" if kinds == {"Fuse"} and definition["pre_tokenizer"] is None and definition["normalizer"] is None else "pieces"
+
+
+def _num_bytes(token: str, kind: str) -> int:
+    if kind == "bytes":
+        return len(token)
+    if kind == "pieces":
+        if _BYTE_TOKEN.fullmatch(token):
+            return 1
+        # A space of SentencePiece, and the mark of WordPiece that goes on with a word.
+        token = token.replace("\u2581", " ").removeprefix("##")
+    return len(token.encode())
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:

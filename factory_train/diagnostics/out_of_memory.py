@@ -37,6 +37,7 @@ _PARTS = {
     "working_weights": "working weights",
     "accumulated_grads": "accumulated gradients",
     "activations": "activations",
+    "mask": "the attention mask of packed documents",
     "logits": "logits",
     "snapshot": "the checkpoint's copy",
     "runtime": "the runtime",

@@ -90,6 +90,26 @@ def local_box(tensor: torch.Tensor) -> tuple[Box, tuple[int, ...]]:
     return box, shape
 
 
+def shard_rows(tensor: torch.Tensor) -> tuple[int, list[int]]:
+    """Returns which shard of `tensor` this rank holds, and how many rows each shard has.
+
+    Args:
+        tensor: plain (one shard), or a DTensor cut along its first dimension over at most one dimension of its mesh.
+    """
+    rows = tensor.shape[0] if tensor.ndim else 1
+    if not _is_dtensor(tensor):
+        return 0, [rows]
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]  # type: ignore[attr-defined]
+    assert len(cut) <= 1, tensor.placements  # type: ignore[attr-defined]
+    if not cut:
+        return 0, [rows]
+    count, coordinate = mesh.size(cut[0]), mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the tensor's mesh"
+    part = -(-rows // count)
+    return coordinate[cut[0]], [max(0, min(part, rows - index * part)) for index in range(count)]
+
+
 def replica_rank_and_count(tensor: torch.Tensor, group: torch.distributed.ProcessGroup | None = None) -> tuple[int, int]:
     """Returns which copy of its local box this rank holds, and how many ranks hold one.
 

@@ -15,14 +15,28 @@ import torch
 from torch import nn
 
 from factory_train.distributed.box import local_box, local_tensor
+from factory_train.kernels.split_float import split_float32
 
 # Numbers drawn from one generator: large enough to be fast, small enough that a shard draws little it does not keep.
 BLOCK_NUMEL = 1 << 20
 
 
+# A bfloat16 parameter whose master is float32 carries what it lacks of it (`kernels/split_float.py`) under this name, from
+# initialization until an optimizer takes it over.
+_REMAINDER = "float32_remainder"
+
+
+def take_remainder(parameter: torch.Tensor) -> torch.Tensor:
+    """Returns the int16 remainder of the local shard of a bfloat16 parameter, and forgets it; zeros where it has none."""
+    remainder: torch.Tensor | None = parameter.__dict__.pop(_REMAINDER, None)
+    return torch.zeros_like(local_tensor(parameter.detach()), dtype=torch.int16) if remainder is None else remainder
+
+
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int, initial_std: Callable[[str], float | None]) -> None:
     """Fills every parameter in place: normal with the given standard deviation, or ones where it is None.
+
+    Of bfloat16 parameters the remainder of the float32 number is kept too (`take_remainder`).
 
     Args:
         model: parameters may be plain tensors or DTensors, on any device but meta.
@@ -38,7 +52,11 @@ def initialize_parameters(model: nn.Module, seed: int, initial_std: Callable[[st
             box, global_shape = local_box(parameter)
             rows = normal_rows(seed, name, global_shape, box.offset[0], box.offset[0] + box.shape[0])
             columns = tuple(slice(start, start + size) for start, size in zip(box.offset[1:], box.shape[1:], strict=True))
-            local.copy_(rows[(slice(None), *columns)] * std)
+            values = rows[(slice(None), *columns)] * std
+            if local.dtype == torch.bfloat16:
+                values, remainder = split_float32(values)
+                setattr(parameter, _REMAINDER, remainder.to(local.device))
+            local.copy_(values)
 
 
 def normal_rows(seed: int, name: str, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:

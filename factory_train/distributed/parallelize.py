@@ -79,7 +79,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, cfg: Config, device: torch.d
         model: has `layers`, `init_buffers(device)` and `initial_std(name)`.
         mesh: axes dp_replicate and dp_shard.
     """
-    params, compute = getattr(torch, cfg.precision.params), getattr(torch, cfg.precision.compute)
+    params, compute = parameter_dtype(cfg), getattr(torch, cfg.precision.compute)
     model.to(params)
     layers = list(model.get_submodule("layers").children())
     if cfg.parallel.activation_checkpoint == "full":
@@ -104,12 +104,17 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, cfg: Config, device: torch.d
     no_buffer_sync: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     devices = [device] if device.type == "cuda" else None
     ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **no_buffer_sync)
-    ddp.register_comm_hook(None, _sum_gradients)
+    ddp.register_comm_hook(torch.promote_types(params, getattr(torch, cfg.precision.reduce)), _sum_gradients)
     return ParallelModel(model, ddp, mesh.size(), autocast)
 
 
+def parameter_dtype(cfg: Config) -> torch.dtype:
+    """Returns the type parameters have in the model: that of the master, or the upper half of a split one."""
+    return torch.bfloat16 if cfg.optim.master == "split" else getattr(torch, cfg.precision.params)
+
+
 def _fully_shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, cfg: Config) -> None:
-    params, compute, reduce = (getattr(torch, name) for name in (cfg.precision.params, cfg.precision.compute, cfg.precision.reduce))
+    params, compute, reduce = parameter_dtype(cfg), getattr(torch, cfg.precision.compute), getattr(torch, cfg.precision.reduce)
     policy = MixedPrecisionPolicy(
         param_dtype=compute if compute != params else None,
         reduce_dtype=reduce if reduce != compute else None,
@@ -126,7 +131,8 @@ def _fully_shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, cf
         sharded.set_force_sum_reduction_for_comms(True)
 
 
-def _sum_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP communication hook: the sum, where DDP alone would divide by the world size."""
-    reduced = dist.all_reduce(bucket.buffer(), async_op=True)
-    return reduced.get_future().then(lambda future: future.value()[0])
+def _sum_gradients(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP communication hook: the sum, where DDP alone would divide by the world size; summed in `dtype`, kept as it came."""
+    gradients = bucket.buffer()
+    reduced = dist.all_reduce(gradients.to(dtype), async_op=True)
+    return reduced.get_future().then(lambda future: future.value()[0].to(gradients.dtype))

@@ -6,7 +6,6 @@ never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +64,7 @@ class StepReduction:
     def reduce(
         self,
         loss: torch.Tensor,
-        grads: Iterable[torch.Tensor],
+        grad_squares: torch.Tensor,
         *,
         preempt: bool,
         interrupt: bool,
@@ -78,7 +77,7 @@ class StepReduction:
 
         Args:
             loss: this rank's share of the step's loss; scalar.
-            grads: this rank's reduced gradient shards, as local tensors.
+            grad_squares: sum of the squares of this rank's reduced gradient shards; scalar.
             data_hash: hash of this rank's samples; an integer below 2**53 when summed over ranks.
             part_written, part_failed: how far this rank's part of the checkpoint under way is.
             save: whether this rank was asked for a checkpoint.
@@ -88,9 +87,7 @@ class StepReduction:
         vector[_PREEMPT], vector[_INTERRUPT], vector[_HASH] = float(preempt), float(interrupt), float(data_hash)
         vector[_PARTS_WRITTEN], vector[_PARTS_FAILED], vector[_SAVE] = float(part_written), float(part_failed), float(save)
         vector = vector.pin_memory().to(self._device, non_blocking=True) if self._pinned else vector
-        norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
-        if norms:
-            vector[_GRAD_SQUARES] = torch.stack([norm.double() for norm in norms]).square().sum() / self._grad_copies
+        vector[_GRAD_SQUARES] = grad_squares.double() / self._grad_copies
         vector[_LOSS] = loss.double()
         dist.all_reduce(vector)
         verdict = StepVerdict(vector[_GRAD_SQUARES].sqrt(), (~torch.isfinite(vector[:2]).all()).float())

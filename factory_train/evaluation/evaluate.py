@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import torch
 from factory_train import plugins, storage
 from factory_train.checkpoint.reader import CheckpointReader, open_checkpoint
 from factory_train.config import Config
-from factory_train.data.loader import IGNORE_INDEX, validation_batches
+from factory_train.data.loader import validation_batches
 from factory_train.data.manifest import TOKENIZER_NAME, DataManifest
+from factory_train.data.rows import IGNORE_INDEX, validation_rows
 from factory_train.data.shards import TokenStream
 from factory_train.data.tokenizer import Tokenizer
+from factory_train.distributed.parallelize import ParallelModel
 from factory_train.distributed.process_group import choose_device
 from factory_train.errors import NotFoundError
-from factory_train.loss import summed_cross_entropy
+from factory_train.loss import TrainingLoss
 from factory_train.models.build import build_model
 from factory_train.models.language_model import LanguageModel
 from factory_train.run_dir import RunDir
@@ -90,20 +92,14 @@ def evaluate_run(run: RunDir, step: int | None = None) -> Evaluation:
     reader = open_checkpoint(run, step)
     device = choose_device(cfg.hardware.device, 0)
     model = load_model(cfg, manifest, reader, device)
-    tokens, tokenizer = TokenStream(run.data, "validation"), Tokenizer.load(run.data / TOKENIZER_NAME)
+    tokens, tokenizer = TokenStream(run.data, "validation"), Tokenizer.load(run.data / TOKENIZER_NAME, manifest.eos_id)
+    summed_loss = TrainingLoss(replace(cfg.train, loss="cross_entropy", z_loss=0.0), ParallelModel(model, model, 1, None), device)
     loss_sum, num_tokens = 0.0, 0
-    batches = validation_batches(
-        tokens,
-        seq_len=cfg.train.seq_len,
-        max_rows=cfg.train.validation_rows,
-        micro_batch_size=cfg.train.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-    )
-    for micro in batches:
-        targets_BT = micro.targets_BT.to(device)
-        loss_sum += summed_cross_entropy(model(micro.tokens_BT.to(device)), targets_BT).item()
-        num_tokens += int((targets_BT != IGNORE_INDEX).sum())
+    rows = validation_rows(cfg, tokens)
+    for batch in validation_batches(rows, micro_batch_size=cfg.train.micro_batch_size, dp_rank=0, dp_size=1):
+        micro = batch.to(device)
+        loss_sum += summed_loss(micro.targets_BT, *micro.inputs).item()
+        num_tokens += int((micro.targets_BT != IGNORE_INDEX).sum())
     loss = loss_sum / num_tokens
     evaluation = Evaluation(
         format_version=EVALUATION_FORMAT_VERSION,

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer as HfTokenizer
 
 from factory_train import storage
 from factory_train.config import ModelConfig
 from factory_train.errors import IntegrityError
 from factory_train.models.build import build_model
 from factory_train.models.hf_config import hf_config, hf_name
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def write_hf_folder(
@@ -58,15 +57,18 @@ def write_hf_folder(
         ids = {} if eos_id is None else {"bos_token_id": eos_id, "eos_token_id": eos_id}
         storage.write_json(work / "generation_config.json", {"do_sample": False, **ids})
         storage.write_atomic(work / "tokenizer.json", tokenizer_json.read_bytes())
-        storage.write_json(work / "tokenizer_config.json", _tokenizer_config(cfg, eos_id))
+        storage.write_json(work / "tokenizer_config.json", _tokenizer_config(cfg, tokenizer_json, eos_id))
         _replace_folder(work, folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
 
 
-def _tokenizer_config(cfg: ModelConfig, eos_id: int | None) -> dict[str, Any]:
-    special = {} if eos_id is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+def _tokenizer_config(cfg: ModelConfig, tokenizer_json: Path, eos_id: int | None) -> dict[str, Any]:
+    special: dict[str, str | None] = {}
+    if eos_id is not None:
+        end_of_text = HfTokenizer.from_file(str(tokenizer_json)).id_to_token(eos_id)
+        special = {"bos_token": end_of_text, "eos_token": end_of_text}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": cfg.max_seq_len,

@@ -20,9 +20,8 @@ from factory_train.errors import ConfigError, IntegrityError, NotFoundError
 from factory_train.models.hf_config import hf_name, model_config
 
 if TYPE_CHECKING:
-    import torch
-
     from factory_train.distributed.box import Box
+    from factory_train.distributed.encoded import Stored
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -124,7 +123,7 @@ class HfFolder:
                 fix=f"download or export the folder again{otherwise}",
             )
 
-    def fill(self, parts: Sequence[tuple[str, Box, torch.Tensor]]) -> None:
+    def fill(self, parts: Sequence[tuple[str, Box, Stored]]) -> None:
         """Copies boxes of parameters into tensors (shape `box.shape`, any device and floating type), reading nothing else.
 
         Args:
@@ -136,7 +135,7 @@ class HfFolder:
         import torch
         from safetensors import SafetensorError, safe_open
 
-        by_file: dict[str, list[tuple[str, Box, torch.Tensor]]] = defaultdict(list)
+        by_file: dict[str, list[tuple[str, Box, Stored]]] = defaultdict(list)
         for name, box, target in parts:
             if box.numel:
                 by_file[self.weights[hf_name(name)].file].append((hf_name(name), box, target))

@@ -26,7 +26,9 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens_BT: token ids.
-            positions: place of each token in its context, (T,) or (B, T); None counts from 0.
+            positions: place of each token, None counts from 0. Of shape (T,), all rows are one context each. Of shape (B, T), a row
+                holds documents: one begins wherever a position is not one more than that before it, and no token may
+                attend to another document.
         """
         raise NotImplementedError
 

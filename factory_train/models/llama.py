@@ -1,7 +1,7 @@
 """The Llama family of decoders (Touvron et al. 2023, arXiv 2302.13971; Llama 3: arXiv 2407.21783), Qwen2 and Qwen3 included.
 
 Shapes: B batch, T tokens, D model width, H query heads, K key and value heads, E width of a head, F feed-forward width,
-V vocabulary.
+V vocabulary; 1 is one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,17 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     keep = (turns_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+
+
+def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what is added to attention scores so that each token sees its own document up to itself: 0 or -inf, (B, 1, T, T).
+
+    A position that is not one more than that before it begins a document. In the type of the queries, since attention
+    would otherwise convert it, and keep the result for the backward pass, once a layer.
+    """
+    document_BT = F.pad((positions_BT.diff(dim=-1) != 1).cumsum(dim=-1), (1, 0))
+    visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril()
+    return torch.zeros(visible_BTT.shape, dtype=dtype, device=positions_BT.device).masked_fill_(~visible_BTT, -torch.inf).unsqueeze(1)
 
 
 class RotaryEmbedding(nn.Module):
@@ -94,17 +105,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, positions: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions: Tensor | None, mask_B1TT: Tensor | None = None) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BHTE = self.rope(self.q_norm(self.wq(x_BTD).view(heads)), positions).transpose(1, 2)
         k_BKTE = self.rope(self.k_norm(self.wk(x_BTD).view(heads)), positions).transpose(1, 2)
         v_BKTE = self.wv(x_BTD).view(heads).transpose(1, 2)
         shared = self.group_size > 1
-        # On CUDA only the half-precision kernels know groups: in fp32 they would fall back to one that stores T x T scores.
-        if shared and q_BHTE.is_cuda and q_BHTE.dtype not in (torch.bfloat16, torch.float16):
+        # On CUDA only the half-precision kernel without a mask knows groups: others would fall back to one that stores T x T scores.
+        if shared and q_BHTE.is_cuda and (mask_B1TT is not None or q_BHTE.dtype not in (torch.bfloat16, torch.float16)):
             k_BKTE, v_BKTE = (x.repeat_interleave(self.group_size, dim=1) for x in (k_BKTE, v_BKTE))
             shared = False
-        out_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=shared)
+        out_BHTE = F.scaled_dot_product_attention(
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask_B1TT, is_causal=mask_B1TT is None, enable_gqa=shared
+        )
         return self.wo(out_BHTE.transpose(1, 2).flatten(2))
 
 
@@ -131,8 +144,8 @@ class LlamaBlock(nn.Module):
         self.ffn_norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.feed_forward = FeedForward(cfg.dim, cfg.ffn_dim)
 
-    def forward(self, x_BTD: Tensor, positions: Tensor | None = None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions)
+    def forward(self, x_BTD: Tensor, positions: Tensor | None = None, mask_B1TT: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions, mask_B1TT)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
 
 
@@ -157,8 +170,13 @@ class Llama(LanguageModel):
     def hidden(self, tokens_BT: Tensor, positions: Tensor | None = None) -> Tensor:
         assert tokens_BT.shape[1] <= self.max_seq_len, f"{tokens_BT.shape[1]} tokens, but max_seq_len is {self.max_seq_len}"
         x_BTD = self.tok_embeddings(tokens_BT)
+        of_layer: tuple[Tensor | None, ...] = (positions,)
+        if positions is not None and positions.dim() == 2:
+            device = x_BTD.device.type
+            computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
+            of_layer = (positions, document_mask(positions, computed))
         for layer in self.layers:
-            x_BTD = layer(x_BTD, positions)
+            x_BTD = layer(x_BTD, *of_layer)
         return self.norm(x_BTD)
 
     def logits(self, x_BTD: Tensor) -> Tensor:

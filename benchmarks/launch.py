@@ -1,0 +1,134 @@
+"""From the command to the first step: the same two ranks started on this machine, by Slurm and by Ray.
+
+    python benchmarks/launch.py [repeats] [--out=FILE.json]
+
+Measures every way that answers here: `local` always, `slurm` where a controller does (slurm/local_cluster.sh start),
+`ray` on a cluster of our own, first with the cluster down and then with it up. Data is prepared beforehand. Every
+time is read from the run directory, against the start of the command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from factory_train import storage
+from factory_train.launchers import ray_own, slurm_queue
+from factory_train.run_dir import RunDir
+
+_LIMIT_S = 180.0
+_SMALL = ("recipe=llama_fsdp", "train.steps=2", "train.validate_every=0", "train.log_every=1", "tracking=none", "launcher.tasks_per_node=2")
+WAYS = {
+    "local": ("launcher=local",),
+    "slurm": ("launcher=slurm", "launcher.fabric=loopback"),
+    "ray, cluster down": ("launcher=ray", "launcher.address=local"),
+    "ray, cluster up": ("launcher=ray", "launcher.address=local"),
+}
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Seconds from the start of the command to what the run directory tells.
+
+    Args:
+        submitted: the command was about to hand the job over.
+        begun: the launcher's own process began its first stage.
+        training: ranks were being started.
+        stepped: the first optimizer step was done.
+        returned: the command gave the terminal back; None for a local run, which it follows.
+    """
+
+    submitted: float
+    begun: float
+    training: float
+    stepped: float
+    returned: float | None
+
+
+def measure(way: str, root: Path, number: int) -> Timeline:
+    """Starts one run and returns its times."""
+    name = f"{way.replace(', ', '-').replace(' ', '-')}-{number}"
+    command = [sys.executable, "-m", "factory_train", *_SMALL, *WAYS[way], f"run={name}", f"runs_root={root}"]
+    began = time.time()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    returned = None
+    if way != "local":
+        _, complaint = process.communicate(timeout=_LIMIT_S)
+        returned = time.time() - began
+        assert process.returncode == 0, complaint
+    run, limit = RunDir(root / f"llama_fsdp-{name}"), time.monotonic() + _LIMIT_S
+    while not (attempt := run.last_attempt() if run.path.exists() else None) or attempt.verdict() is None:
+        assert time.monotonic() < limit, f"{way}: no verdict within {_LIMIT_S:g} s"
+        time.sleep(0.1)
+    process.wait()
+    verdict = attempt.verdict()
+    assert verdict is not None
+    assert verdict.outcome == "done", verdict
+    at = {(event["event"], event.get("stage")): event["time"] - began for event in reversed(attempt.events())}
+    stepped = next(row["time"] for row in storage.read_json_lines(attempt.metrics_path) if row["kind"] == "train")
+    stages = [at["stage-start", "prepare"], at["stage-start", "train"]]
+    return Timeline(at["submit", None], stages[0], stages[1], stepped - began, returned)
+
+
+def ways() -> Iterator[str]:
+    """Yields the ways that answer on this machine."""
+    yield "local"
+    if slurm_queue.is_installed() and slurm_queue.answers():
+        yield "slurm"
+    yield from ("ray, cluster down", "ray, cluster up")
+
+
+def end_cluster() -> None:
+    """Ends our own Ray cluster, if it runs."""
+    known = storage.read_json(ray_own.folder() / "cluster.json")
+    if known is not None and ray_own.find() is not None:
+        keeper = psutil.Process(known["pid"])
+        keeper.terminate()
+        keeper.wait(60)
+
+
+def main() -> None:
+    """Prints a table, and writes all measurements where `--out` says."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    out = next((word.removeprefix("--out=") for word in sys.argv[1:] if word.startswith("--out=")), None)
+    repeats = int(words[0]) if words else 3
+    found: dict[str, list[Timeline]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["FACTORY_TRAIN_RAY"] = f"{scratch}/ray"
+        root = Path(scratch) / "runs"
+        # Prepares the data and warms the page cache; not counted.
+        measure("local", root, 0)
+        try:
+            for way in ways():
+                for number in range(1, repeats + 1):
+                    if way == "ray, cluster down":
+                        end_cluster()
+                    found.setdefault(way, []).append(measure(way, root, number))
+        finally:
+            end_cluster()
+    fields = ("submitted", "returned", "begun", "training", "stepped")
+    print(f"{'seconds, median of ' + str(repeats):<22}" + "".join(f"{name:>11}" for name in fields))
+    for way, times in found.items():
+        medians = [_median([getattr(timeline, name) for timeline in times]) for name in fields]
+        print(f"{way:<22}" + "".join(f"{'-' if value is None else format(value, '.1f'):>11}" for value in medians))
+    if out:
+        Path(out).write_text(json.dumps({way: [timeline.__dict__ for timeline in times] for way, times in found.items()}, indent=1) + "\n")
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+if __name__ == "__main__":
+    main()

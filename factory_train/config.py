@@ -173,7 +173,7 @@ class ElasticConfig:
 class LauncherConfig:
     """Where the ranks run."""
 
-    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "slurm", "ray"), safe=True)
+    name: str = setting("auto", "auto chooses and says why", choices=("auto", "local", "allocation", "slurm", "ray"), safe=True)
     address: Optional[str] = setting(
         None, "Ray: dashboard of the cluster (http://HOST:8265), or local for one of our own; null is $RAY_ADDRESS", safe=True
     )
@@ -207,6 +207,9 @@ class LauncherConfig:
     container: Optional[str] = setting(None, "image the stages run in", safe=True)
     container_runtime: str = setting("pyxis", "what runs the image", choices=("pyxis", "apptainer"), safe=True)
     container_mounts: list[str] = setting([], "folders the image sees (SOURCE:TARGET), beside runs, data and code", safe=True)
+    preflight: bool = setting(
+        False, "Slurm: look at every node before a rank starts (cards, disk, clock, a collective), leave bad ones out", safe=True
+    )
     warn_s: int = setting(120, "seconds before the time limit at which Slurm warns the ranks", safe=True)
     requeue: str = setting(
         "requeue",

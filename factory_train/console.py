@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from typing import Any, TextIO
 
-from factory_train import errors
+from factory_train import errors, flight_recorder
 from factory_train.run_dir import Attempt
 from factory_train.tail import Follower
 from factory_train.units import format_bytes, format_count, format_duration
@@ -168,10 +168,12 @@ def failure_lines(attempt: Attempt) -> list[str]:
     stage = error.get("stage", "train")
     who = f"rank {error['rank']} on {error['host']}" if stage == "train" else f"{stage} stage on {error['host']}"
     lines = [f"error: {_what(error)}", f"  {'first failure' if stage == 'train' else 'in'}: {who}"]
+    if (stuck := flight_recorder.explain(attempt)) is not None:
+        lines.append(f"  collectives: {stuck}")
     if error.get("hint"):
         lines.append(f"  fix: {error['hint']}")
     name = f"rank-{error['rank']:05d}" if stage == "train" else stage
-    return [*lines, f"  log: {error.get('log_path') or attempt.log_path(name)}"]
+    return [*lines, f"  log: {attempt.run.path / error['log'] if error.get('log') else attempt.log_path(name)}"]
 
 
 def _what(error: dict[str, Any]) -> str:

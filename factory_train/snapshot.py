@@ -38,7 +38,18 @@ def copy_code(attempt: Attempt, plugin_names: Sequence[str] = ()) -> Path:
     Raises:
         PreflightError: a plugin is larger than source code is.
     """
-    root = attempt.path / "code" / "tree"
+    return copy_code_to(attempt.path / "code" / "tree", plugin_names)
+
+
+def share_code(attempt: Attempt, root: Path) -> None:
+    """Lets an attempt show a copy that it shares with others, as the points of a sweep do."""
+    link = attempt.path / "code" / "tree"
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(os.path.relpath(root, link.parent), target_is_directory=True)
+
+
+def copy_code_to(root: Path, plugin_names: Sequence[str] = ()) -> Path:
+    """Copies what `copy_code` does into the folder `root`, and returns it."""
     _copy_sources(_PACKAGE, root / _PACKAGE.name)
     for name in plugin_names:
         file = plugins.source_file(name)

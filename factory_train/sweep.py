@@ -23,7 +23,7 @@ from factory_train.errors import ConfigError, PreflightError
 from factory_train.run_dir import RunDir, process_started_at
 
 SWEEP_FORMAT_VERSION = 1
-NOT_RUN, RUNNING, DONE, FAILED = "not run", "running", "done", "failed"
+NOT_RUN, PENDING, RUNNING, DONE, FAILED = "not run", "pending", "running", "done", "failed"
 _ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
 
 
@@ -35,7 +35,7 @@ class SweepPoint:
         number: from 1, in the order of the command.
         values: what it has where points differ: key or group, and value.
         run: name of its run directory.
-        state: "not run", "running", or how its run ended when the sweep last looked.
+        state: "not run", "pending" (in a scheduler's queue), "running", or how its run ended when the sweep last looked.
         reason: why it ended so, where that is not in its run directory.
     """
 
@@ -94,9 +94,9 @@ def shown_value(value: Any) -> str:
 
 def value_key(value: Any) -> Any:
     """Returns a value as something that can be compared and hashed."""
-    if isinstance(value, list):
-        return tuple(value_key(item) for item in value)
-    return tuple((name, value_key(item)) for name, item in sorted(value.items())) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return tuple((name, value_key(inner)) for name, inner in sorted(value.items()))
+    return tuple(map(value_key, value)) if isinstance(value, list) else value
 
 
 def _is_number(value: Any) -> bool:
@@ -124,6 +124,11 @@ class SweepDir:
     @property
     def table_path(self) -> Path:
         return self.path / "table.csv"
+
+    @property
+    def submissions(self) -> Path:
+        """Script, logs and shared code of each time a scheduler was given points, in numbered folders."""
+        return self.path / "submissions"
 
     @property
     def plots(self) -> Path:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from factory_train import storage, tail
+from factory_train.launchers.by_name import is_alive, scheduled
 from factory_train.run_dir import RunDir
-from factory_train.sweep import DONE, FAILED, NOT_RUN, RUNNING, SweepDir, SweepPoint, SweepRecord
+from factory_train.sweep import DONE, FAILED, NOT_RUN, PENDING, RUNNING, SweepDir, SweepPoint, SweepRecord
 
 # The speed of a run is judged by this much of the end of its metrics.
 _TAIL_BYTES = 4 << 20
+# Outcomes of an attempt after which a scheduler may start the next.
+_GOES_ON = ("preempted", "failed-transient")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class PointResult:
     """How one point stands.
 
     Args:
-        state: "not run", "running", "done", "preempted", "interrupted", "failed", "killed", or "lost" (no verdict).
+        state: "not run", "pending", "running", "done", "preempted", "interrupted", "failed", "killed", or "lost" (no verdict).
         reason: why it is not done, one line.
         step, steps: how far it came, and its length; None before it started.
         loss: final validation loss in nats a token; None unless the point is done and it is finite.
@@ -97,10 +100,11 @@ def read_point(sweep: SweepDir, point: SweepPoint) -> PointResult:
     step = verdict.step if verdict and verdict.step is not None else last
     manifest = storage.read_json(run.data / "manifest.json") or {}
     common: dict[str, Any] = {"step": step, "steps": steps, "data_id": manifest.get("id"), "tokens_per_s": _median(speeds)}
+    alive = _alive(run) if verdict is None or verdict.outcome in _GOES_ON else None
+    if alive is not None:
+        return PointResult(point, alive, **common)
     if verdict is None:
         # Its job is written right after the attempt, and the record is the younger where the run was not even submitted.
-        if run.is_alive():
-            return PointResult(point, RUNNING, **common)
         return PointResult(point, "lost" if not point.reason else FAILED, point.reason or "it ended without a verdict", **common)
     state = verdict.outcome.partition("-")[0]
     if state != DONE:
@@ -110,6 +114,14 @@ def read_point(sweep: SweepDir, point: SweepPoint) -> PointResult:
     loss, bits = (_finite(evaluation.get(name)) for name in ("loss", "bits_per_byte"))
     reason = "" if loss is not None else "its validation loss is not finite" if evaluation else "it was not evaluated"
     return PointResult(point, DONE, reason, loss=loss, bits_per_byte=bits, ended=verdict.time, **common)
+
+
+def _alive(run: RunDir) -> str | None:
+    """Returns whether a run that has not ended for good runs or waits for a scheduler; None when it does neither."""
+    if not is_alive(run):
+        return None
+    handle = scheduled(run)
+    return PENDING if handle is not None and handle.status() == PENDING else RUNNING
 
 
 def _speeds(run: RunDir) -> tuple[list[float], int | None]:

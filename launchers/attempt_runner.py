@@ -116,6 +116,10 @@ class AttemptRunner(ABC):
         """Returns why the ranks are to save and stop, None while they are not."""
         return Stop("TERM", self._inbox.why) if self._inbox.stop is not None else None
 
+    def _at_once(self) -> End | None:
+        """Returns the end of an attempt that somebody does not want to wait for, None while nobody does."""
+        return None
+
     def run(self) -> int:
         """Runs the stages, writes the verdict, and has the launcher act on it; returns the job's exit code."""
         attempt = self._attempt
@@ -176,6 +180,9 @@ class AttemptRunner(ABC):
             if now >= limit:
                 self._end()
                 return late
+            if (over := self._at_once()) is not None:
+                self._end()
+                return over
             if told is None and (told := self._stop()) is not None:
                 self._attempt.record_launch_event("signal", reason=told.reason, stage=stage)
                 self._tell_ranks(told.signal)

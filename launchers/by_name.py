@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from factory_train import storage
 from factory_train.errors import ConfigError, FactoryTrainError, did_you_mean
+from factory_train.launchers.allocation import AllocationLauncher
 from factory_train.launchers.job import Launcher
 from factory_train.launchers.local import LocalLauncher
 from factory_train.launchers.ray_jobs import RayHandle, RayLauncher
 from factory_train.launchers.slurm import SlurmHandle, SlurmLauncher
 from factory_train.run_dir import RunDir
 
-LAUNCHERS: dict[str, type[Launcher]] = {"local": LocalLauncher, "slurm": SlurmLauncher, "ray": RayLauncher}
+LAUNCHERS: dict[str, type[Launcher]] = {
+    "local": LocalLauncher,
+    "allocation": AllocationLauncher,
+    "slurm": SlurmLauncher,
+    "ray": RayLauncher,
+}
 
 
 def launcher_named(name: str) -> Launcher:

@@ -98,7 +98,6 @@ class JobSpec:
         environ: extra environment of every process.
         grace_s: seconds the ranks have to save after a stop signal.
         depends_on: handles of jobs that must end well first.
-        array_size: number of points of a sweep that one submission holds.
         tracker: whether the syncer runs beside the ranks (`factory_train.tracking.sync`).
         options: the launcher's section of the configuration.
         code: folder that holds the snapshot of the package; None runs the package where it is.
@@ -111,7 +110,6 @@ class JobSpec:
     environ: Mapping[str, str] = field(default_factory=dict)
     grace_s: float = 120.0
     depends_on: tuple[str, ...] = ()
-    array_size: int = 1
     tracker: bool = False
     options: LauncherConfig = field(default_factory=LauncherConfig)
     code: Path | None = None

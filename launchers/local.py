@@ -191,7 +191,7 @@ class LocalLauncher:
     def _check(self, job: JobSpec) -> None:
         if any(gang.nodes != 1 for gang in job.gangs):
             raise ConfigError("the local launcher runs on one machine", where="launcher.nodes", fix="launcher.nodes=1")
-        if job.depends_on or job.array_size != 1:
+        if job.depends_on:
             raise ConfigError("the local launcher runs one job at a time, without dependencies", where="launcher.name")
         assert set(job.stages) <= set(STAGES), job.stages
 

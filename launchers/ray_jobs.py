@@ -228,8 +228,6 @@ class RayLauncher:
             storage.write_json(attempt.launch / SPEC_NAME, spec)
             # The job may start before this process does anything more.
             storage.write_json(attempt.job_path, handle.job)
-            for name in (switches.STOP, switches.PREEMPT):
-                switches.turn_off(attempt.run, name)
         except OSError as error:
             raise PreflightError(f"cannot write: {error.strerror}", where=str(attempt.launch)) from error
         api.submit(submission_id, self._entrypoint(job, submission_id), self._environ(job), {"run_dir": str(attempt.run.path)})
@@ -280,7 +278,7 @@ class RayLauncher:
         """Returns what the job needs to know, and later attempts of it."""
         if len(job.gangs) != 1:
             raise ConfigError("a Ray job runs one gang", where="launcher.name")
-        if job.depends_on or job.array_size != 1:
+        if job.depends_on:
             raise ConfigError("jobs of a Ray cluster wait for no other", where="launcher.name")
         assert set(job.stages) <= set(STAGES), job.stages
         (gang,), options = job.gangs, job.options

@@ -13,7 +13,7 @@ from typing import Any
 import factory_train
 from factory_train import storage, switches
 from factory_train.errors import ConfigError, ExitCode, PreflightError
-from factory_train.launchers import slurm_queue, slurm_script
+from factory_train.launchers import slurm_preflight, slurm_queue, slurm_script
 from factory_train.launchers.job import STAGES, Gang, JobSpec
 from factory_train.launchers.slurm_queue import QueuedJob
 from factory_train.run_dir import Attempt, RunDir
@@ -69,7 +69,9 @@ class SlurmHandle:
 
     def logs(self) -> list[Path]:
         newest = self.attempt.run.last_attempt() or self.attempt
-        paths = sorted((newest.path / "logs").glob("*.log")) + sorted(self.attempt.launch.glob("slurm-*.log"))
+        batch = Path(self.job["batch_log"]) if "batch_log" in self.job else None
+        batches = [batch] if batch and batch.is_file() else sorted(self.attempt.launch.glob("slurm-*.log"))
+        paths = sorted((newest.path / "logs").glob("*.log")) + batches
         error = newest.error() or {}
         return sorted(paths, key=lambda path: str(path.relative_to(newest.run.path)) != error.get("log"))
 
@@ -137,14 +139,13 @@ class SlurmLauncher:
         """
         slurm_script.check(job.options)
         attempt = job.attempt
-        storage.write_json(attempt.launch / SPEC_NAME, self._spec(job))
-        switches.turn_off(attempt.run, switches.STOP)
+        storage.write_json(attempt.launch / SPEC_NAME, self.spec(job))
         ids: list[str] = []
         try:
             for parameters in self._parameters(job):
                 ids.append(slurm_script.submit(parameters, attempt.launch, self._command(job)))
-            followers = {verb: slurm_script.submit(*self._follower(job, verb, ids[0])) for verb in job.options.then}
-            handle = SlurmHandle(self._job_json(job, ids) | {"then": followers})
+            followers = {verb: slurm_script.submit(*self.follower(job, verb, ids[0])) for verb in job.options.then}
+            handle = SlurmHandle(self.job_json(job, ids) | {"then": followers})
             storage.write_json(attempt.job_path, handle.job)
         except BaseException as error:
             slurm_queue.cancel(ids)
@@ -159,17 +160,20 @@ class SlurmLauncher:
     def describe(self, job: JobSpec) -> str:
         slurm_script.check(job.options)
         scripts = [slurm_script.text(parameters, job.attempt.launch, self._command(job)) for parameters in self._parameters(job)]
-        spec = self._spec(job)
+        spec = self.spec(job)
         (gang,) = job.gangs
         lines = [f"slurm: sbatch of the script below, from {job.attempt.launch}", "", scripts[0].rstrip(), ""]
         if len(scripts) > 1:
             lines.append(f"{len(scripts) - 1} more of it behind, each with --dependency=singleton")
+        if job.options.preflight:
+            look = slurm_preflight.command(spec, job.attempt.run.path, gang.nodes, self.code(job))
+            lines.append(f"  {'look':8} {shlex.join(look)}")
         for stage in job.stages:
             nodes, tasks = (gang.nodes, gang.tasks_per_node) if stage == "train" else (1, 1)
             command = slurm_script.stage_command(spec, stage, nodes=nodes, tasks_per_node=tasks)
             lines.append(f"  {stage:8} {shlex.join(command)}")
         for verb in job.options.then:
-            lines.append(f"  then     {self._follower(job, verb, 'JOB')[2].splitlines()[-1]}   (a job with --dependency=afterok)")
+            lines.append(f"  then     {self.follower(job, verb, 'JOB')[2].splitlines()[-1]}   (a job with --dependency=afterok)")
         return "\n".join(lines)
 
     def _parameters(self, job: JobSpec) -> list[dict[str, Any]]:
@@ -182,22 +186,23 @@ class SlurmLauncher:
         # One at a time, in order of submission: Slurm lets jobs of one name and user wait for each other.
         return [first, *([slurm_script.parameters(job.options, gang, name, launch, dependency="singleton")] * job.options.chain)]
 
-    def _follower(self, job: JobSpec, verb: str, after: str) -> tuple[dict[str, Any], Path, str]:
+    def follower(self, job: JobSpec, verb: str, after: str) -> tuple[dict[str, Any], Path, str]:
         """Returns what is submitted for a job that follows: parameters, folder and command."""
         options = replace(job.options, requeue="never", nodelist=None)
         name, launch = f"{job.attempt.run.name}-{verb}", job.attempt.launch
         parameters = slurm_script.parameters(options, Gang("main", 1, 1), name, launch, dependency=f"afterok:{after}")
-        command = slurm_script.verb_command(self._spec(job), self._code(job), [verb, str(job.attempt.run.path)], os.environ)
+        command = slurm_script.verb_command(self.spec(job), self.code(job), [verb, str(job.attempt.run.path)], os.environ)
         return parameters, launch, command
 
-    def _code(self, job: JobSpec) -> Path:
+    def code(self, job: JobSpec) -> Path:
+        """Returns the folder that a job imports this package from."""
         return job.code or Path(factory_train.__file__).absolute().parent.parent
 
     def _command(self, job: JobSpec) -> str:
         arguments = [str(job.attempt.run.path), str(job.attempt.number)]
-        return slurm_script.batch_command(self._code(job), "factory_train.launchers.slurm_batch", arguments, os.environ)
+        return slurm_script.batch_command(self.code(job), "factory_train.launchers.slurm_batch", arguments, os.environ)
 
-    def _spec(self, job: JobSpec) -> dict[str, Any]:
+    def spec(self, job: JobSpec) -> dict[str, Any]:
         """Returns what the batch script needs to know, and later attempts of the job after it."""
         if len(job.gangs) != 1:
             raise ConfigError("a Slurm job runs one gang", where="launcher.name")
@@ -222,6 +227,7 @@ class SlurmLauncher:
             "cpus_per_task": options.cpus_per_task,
             "gpus": bool(options.gpus_per_node or options.gres),
             "srun_args": list(options.srun_args),
+            "preflight": options.preflight,
             "python": options.python or ("python3" if in_container else sys.executable),
             "container": options.container,
             "container_runtime": options.container_runtime,
@@ -230,7 +236,8 @@ class SlurmLauncher:
             "tracker_module": self.tracker_module,
         }
 
-    def _job_json(self, job: JobSpec, ids: list[str]) -> dict[str, Any]:
+    def job_json(self, job: JobSpec, ids: list[str]) -> dict[str, Any]:
+        """Returns what `attach` needs of a job that Slurm has taken."""
         return {
             "format_version": 1,
             "launcher": self.name,

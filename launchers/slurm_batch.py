@@ -1,7 +1,7 @@
 """What the batch script runs, on the first node of a job: the stages, the verdict, and whether Slurm is to start it again.
 
-`python -m factory_train.launchers.slurm_batch RUN_DIR ATTEMPT`. A start, a restart and a job of a chain run the same
-command; which attempt it is follows from the run directory and the job's id alone.
+`python -m factory_train.launchers.slurm_batch RUN_DIR ATTEMPT`, or `... ARRAY_FILE` for a point of a sweep. A start, a
+restart and a job of a chain run the same command; which attempt it is follows from the run directory and the job's id alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 from factory_train import storage, switches
 from factory_train.errors import ExitCode, FactoryTrainError
-from factory_train.launchers import attempts, slurm_queue, slurm_script
-from factory_train.launchers.attempt_runner import AttemptRunner
+from factory_train.launchers import attempts, slurm_array, slurm_preflight, slurm_queue, slurm_script
+from factory_train.launchers.attempt_runner import AttemptRunner, End, Stop
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import Inbox
 from factory_train.launchers.job import WorkerEnv
+from factory_train.launchers.slurm_restart import Restart
 from factory_train.run_dir import Attempt, RunDir
 
 
@@ -35,11 +36,55 @@ class Batch(AttemptRunner):
 
     def __init__(self, attempt: Attempt, job_id: str, nodes: list[str], inbox: Inbox) -> None:
         super().__init__(attempt, storage.read_json(attempt.launch / "slurm.json"), inbox, slurm_queue.end_time(job_id))
-        self._job_id, self._nodes = job_id, nodes
+        # An allocation may have more nodes than the job wants.
+        self._job_id, self._nodes = job_id, nodes[: self._spec["gang"]["nodes"]]
+        # Whether the nodes were there before the job, and whether it ends with the command that started it.
+        self._in_allocation, self._is_attached = "nodes" in self._spec, bool(self._spec.get("attached"))
+        if self._is_attached:
+            inbox.watch_submitter(sys.stdin.fileno())
+        self._restart = Restart(attempt, job_id, self._spec["requeue"])
+        # Nodes that the next attempt should do without.
+        self._bad_nodes: list[str] = []
         self._srun: subprocess.Popen[bytes] | None = None
 
     def _place(self) -> dict[str, Any]:
         return {"job_id": self._job_id, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "nodes": self._nodes}
+
+    def _run_stages(self) -> End | None:
+        if self._spec["preflight"] and (end := self._look_at_nodes()):
+            return end
+        return super()._run_stages()
+
+    def _look_at_nodes(self) -> End | None:
+        """Looks at every node of the job; returns the end of this attempt where one must be left out."""
+        attempt = self._attempt
+        with slurm_preflight.Look(attempt, self._spec, self._nodes) as look:
+            while not look.is_over():
+                if (stop := self._stop()) is not None:
+                    return self._stopped(stop, "before stage 'prepare'")
+                if switches.is_on(attempt.run, switches.STOP):
+                    return End("interrupted", ExitCode.INTERRUPTED, "stopped before stage 'prepare'")
+                self._pulse.beat()
+                self._rest(1.0)
+        bad = look.conclude()
+        if not bad:
+            return None
+        reason = f"preflight: {slurm_preflight.in_words(bad)}"
+        if slurm_preflight.is_everywhere(bad, self._nodes):
+            return End("failed-user", ExitCode.PREFLIGHT, reason)
+        self._bad_nodes = list(bad)
+        return End("failed-transient", ExitCode.PREFLIGHT, reason)
+
+    def _stop(self) -> Stop | None:
+        if self._in_allocation and self._inbox.stop == signal.SIGINT:
+            return Stop("INT", self._inbox.why)
+        return super()._stop()
+
+    def _at_once(self) -> End | None:
+        if not self._is_attached or self._inbox.at_once is None:
+            return None
+        why = f"ended at once by a second {self._inbox.at_once.name}; what followed the last checkpoint is lost"
+        return End("killed", ExitCode.INTERRUPTED, why)
 
     def _start(self, stage: str, orders: WorkerEnv) -> None:
         nodes = self._spec["gang"]["nodes"] if stage == "train" else 1
@@ -55,39 +100,9 @@ class Batch(AttemptRunner):
 
     def _after(self, *, goes_on: bool) -> None:
         if goes_on:
-            self._go_on()
+            self._restart.ask(bad_nodes=self._bad_nodes)
         else:
-            self._end_chain()
-
-    def _go_on(self) -> None:
-        """Has Slurm start the job again, unless it means to already, or the next of a chain follows, or nobody wants it."""
-        attempt = self._attempt
-        attempt.check_fence("asking for a restart")
-        if switches.is_on(attempt.run, switches.STOP):
-            return
-        if self._spec["requeue"] != "requeue":
-            attempt.record_launch_event("no-requeue", reason=f"launcher.requeue={self._spec['requeue']}")
-            return
-        state = slurm_queue.job_state(self._job_id)
-        if state not in ("RUNNING", "SUSPENDED"):
-            # Slurm is ending the job: to start it again (preemption, lost node), or because somebody cancelled it.
-            attempt.record_launch_event("no-requeue", reason=f"Slurm has the job in state {state}")
-            return
-        try:
-            attempt.record_launch_event("requeue", job_id=self._job_id)
-            slurm_queue.run("scontrol", "requeue", self._job_id)
-        except FactoryTrainError as error:
-            attempt.record_launch_event("requeue-failed", reason=str(error).splitlines()[0])
-
-    def _end_chain(self) -> None:
-        """Takes the jobs behind this one out of the queue: there is nothing left for them."""
-        job = storage.read_json(self._attempt.job_path) or {"job_ids": []}
-        behind = [job_id for job_id in job["job_ids"] if job_id != self._job_id]
-        if behind:
-            try:
-                slurm_queue.cancel(behind)
-            except FactoryTrainError as error:
-                self._attempt.record_launch_event("chain-left", reason=str(error).splitlines()[0])
+            self._restart.end_chain()
 
     def _master(self) -> str:
         """Returns the first node's name, or its address where the name means nothing here."""
@@ -105,6 +120,15 @@ class Batch(AttemptRunner):
         return self._nodes[node] if node < len(self._nodes) else "?"
 
     def _tell_ranks(self, name: str) -> None:
+        if self._in_allocation and name == "INT":
+            # Seen by rank 0 within seconds. srun takes a SIGINT for a question, and other steps of the allocation are not ours.
+            switches.turn_on(self._attempt.run, switches.STOP)
+            return
+        if self._in_allocation:
+            assert self._srun is not None
+            # Which srun passes on to its tasks.
+            self._srun.send_signal(signal.SIGUSR2)
+            return
         try:
             slurm_queue.signal_steps(self._job_id, name)
         except FactoryTrainError as error:
@@ -134,8 +158,9 @@ def main() -> int:
     inbox = Inbox()
     # What SIGHUP means to a terminal it does not mean here.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    run, job_id = RunDir.open(Path(sys.argv[1])), own_job_id(dict(os.environ))
-    attempt = attempts.take(run, int(sys.argv[2]), job_id)
+    job_id = own_job_id(dict(os.environ))
+    folder, number = sys.argv[1:] if len(sys.argv) == 3 else slurm_array.point_of(Path(sys.argv[1]), os.environ["SLURM_ARRAY_TASK_ID"])
+    attempt = attempts.take(RunDir.open(Path(folder)), int(number), job_id)
     if attempt is None:
         return ExitCode.OK
     return Batch(attempt, job_id, slurm_queue.host_names(os.environ["SLURM_JOB_NODELIST"]), inbox).run()

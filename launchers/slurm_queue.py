@@ -215,6 +215,17 @@ def signal_steps(job_id: str, name: str) -> None:
     run("scancel", f"--signal={name}", job_id)
 
 
+def exclude_nodes(job_id: str, nodes: Sequence[str]) -> None:
+    """Keeps a job that waits, or has just been asked to start again, away from more nodes.
+
+    Raises:
+        UnavailableError: Slurm refuses or does not answer.
+    """
+    found = re.search(r"\bExcNodeList=(\S+)", run("scontrol", "--oneliner", "show", "job", job_id))
+    before = [found.group(1)] if found and found.group(1) != "(null)" else []
+    run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*before, *nodes])}")
+
+
 def parse_time_s(text: str) -> int | None:
     """Returns a time limit in sbatch's notation as seconds; None when it is none of its forms, -1 for no limit."""
     if text.upper() in ("UNLIMITED", "INFINITE"):

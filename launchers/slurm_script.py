@@ -67,7 +67,7 @@ def warning_s(options: LauncherConfig) -> int:
 
 
 def parameters(
-    options: LauncherConfig, gang: Gang, name: str, launch: Path, *, dependency: str | None = None, array: int = 1
+    options: LauncherConfig, gang: Gang, name: str, launch: Path, *, dependency: str | None = None, array: str | None = None
 ) -> dict[str, Any]:
     """Returns what submitit's SlurmExecutor is told.
 
@@ -75,10 +75,12 @@ def parameters(
         name: of the job.
         launch: where its log goes.
         dependency: as in sbatch --dependency.
-        array: points of an array, 1 for an ordinary job.
+        array: as in sbatch --array; None for an ordinary job.
     """
     requeue = "requeue" if options.requeue == "requeue" else "no-requeue"
-    more: dict[str, Any] = {"output": str(launch / ("slurm-%A_%a.log" if array > 1 else "slurm-%j.log")), requeue: True}
+    more: dict[str, Any] = {"output": str(launch / ("slurm-%A_%a.log" if array else "slurm-%j.log")), requeue: True}
+    if array is not None:
+        more["array"] = array
     if options.reservation is not None:
         more["reservation"] = options.reservation
     if dependency is not None:
@@ -178,13 +180,19 @@ _REFUSALS = (
     (
         "Requested node configuration is not available",
         "launcher.nodes",
-        "FEWER of launcher.nodes, gpus_per_node, cpus_per_task or memory: sinfo -N -l",
+        "FEWER of launcher.nodes, gpus_per_node, gres, cpus_per_task or memory: sinfo -N -l",
         False,
     ),
     (
         "Job violates accounting/QOS policy",
         "launcher.qos",
         "less of launcher.nodes, launcher.time or gpus: a limit of your account or launcher.qos",
+        True,
+    ),
+    (
+        "Invalid job array specification",
+        "--multirun",
+        "fewer points a command, each command with a sweep=NAME: scontrol show config | grep MaxArraySize",
         True,
     ),
     ("Invalid generic resource", "launcher.gres", "launcher.gres=ONE OF: sinfo --format=%G", False),
@@ -239,18 +247,21 @@ def stage_command(spec: Mapping[str, Any], stage: str, *, nodes: int, tasks_per_
         # From 22.05 on srun no longer takes this from sbatch. One process of a stage of its own may have the cores of all ranks.
         share = 1 if stage == "train" else spec["tasks_per_node"]
         command.append(f"--cpus-per-task={spec['cpus_per_task'] * share}")
+    if spec.get("nodes"):
+        # Inside an allocation that others may use too: what they hold there is shared, and rank 0 is on the first node.
+        command += [f"--nodelist={','.join(spec['nodes'][:nodes])}", "--overlap"]
     command += spec["srun_args"]
-    return [*command, *_in_container(spec, [spec["python"], "-m", "factory_train.launchers.slurm_task", stage])]
+    return [*command, *in_container(spec, [spec["python"], "-m", "factory_train.launchers.slurm_task", stage])]
 
 
 def verb_command(spec: Mapping[str, Any], code: Path, words: Sequence[str], environ: Mapping[str, str]) -> str:
     """Returns the last lines of the script of a job that follows: one verb of the command line, in one process."""
     exports = batch_command(code, "", [], environ).rpartition("\n")[0]
     srun = ["exec", "srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--input=none", "--unbuffered", *spec["srun_args"]]
-    return exports + "\n" + shlex.join([*srun, *_in_container(spec, [spec["python"], "-m", "factory_train", *words])])
+    return exports + "\n" + shlex.join([*srun, *in_container(spec, [spec["python"], "-m", "factory_train", *words])])
 
 
-def _in_container(spec: Mapping[str, Any], inside: list[str]) -> list[str]:
+def in_container(spec: Mapping[str, Any], inside: list[str]) -> list[str]:
     """Returns the end of an srun command line: what it runs, in the image where there is one."""
     if spec["container"] is None:
         return inside

@@ -22,7 +22,7 @@ LS_PORT=${LS_PORT:-17000}                # slurmd N listens on LS_PORT+N; ctld L
 LS_DOWN=${LS_DOWN:-10}                   # SlurmdTimeout: seconds of silence before a node is DOWN
 LS_USERSIG=${LS_USERSIG:-1}              # 1: preemption sends the --signal of the job first (0: SIGTERM only)
 LS_WAIT=${LS_WAIT:-60}                   # seconds start waits for the nodes
-LS_LIMITS=${LS_LIMITS:-0}                # 1 (needs LS_ACCT=1): limits are enforced; account "lab" with qos "normal" and "small" (2 nodes at most)
+LS_LIMITS=${LS_LIMITS:-0}                # 1 (needs LS_ACCT=1): limits are enforced; account "lab" with qos "normal", "small" (more than 2 nodes: refused), "patient" (more than 1: waits)
 LS_ETC=${LS_ETC:-0}                      # 1: (root) link /etc/slurm/slurm.conf and add node names to /etc/hosts
 
 export PATH="$PATH:/usr/sbin:/sbin"
@@ -151,7 +151,7 @@ PartitionName=DEFAULT Nodes=ALL MaxTime=$maxtime DefaultTime=60 State=UP OverSub
 PartitionName=train   Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=urgent  PriorityTier=100 PreemptMode=OFF
 PartitionName=preempt PriorityTier=1  PreemptMode=REQUEUE GraceTime=5
-PartitionName=tiny    PriorityTier=10 PreemptMode=OFF MaxNodes=1
+PartitionName=tiny    PriorityTier=10 PreemptMode=OFF MaxNodes=1 MaxTime=10 DefaultTime=10
 C
   cmp -s "$ETC/slurm.conf.new" "$ETC/slurm.conf" && rm "$ETC/slurm.conf.new" || mv "$ETC/slurm.conf.new" "$ETC/slurm.conf"
   if [ "$LS_ACCT" = 1 ]; then
@@ -216,7 +216,8 @@ start_db() { [ "$LS_ACCT" = 1 ] || return 0
   sacctmgr -n show account lab format=account | grep -qw lab && return 0
   sacctmgr -i add account lab description=lab organization=lab >/dev/null &&
     sacctmgr -i add qos small >/dev/null && sacctmgr -i modify qos small set MaxTRESPerJob=node=2 Flags=DenyOnLimit >/dev/null &&
-    sacctmgr -i add user "$ME" account=lab >/dev/null && sacctmgr -i modify user "$ME" set qos=normal,small DefaultQOS=normal >/dev/null ||
+    sacctmgr -i add qos patient >/dev/null && sacctmgr -i modify qos patient set MaxTRESPerJob=node=1 MaxWall=5 >/dev/null &&
+    sacctmgr -i add user "$ME" account=lab >/dev/null && sacctmgr -i modify user "$ME" set qos=normal,small,patient DefaultQOS=normal >/dev/null ||
     die "the account could not be made: $LOG/slurmdbd.log"; }
 
 start_ctld() { alive slurmctld && return 0

@@ -2,10 +2,12 @@
 # preflight.sh - looks at the node it runs on before a job uses it, and says what is wrong with it in one line each.
 #   preflight.sh [FOLDER]            this node; FOLDER is where runs are written
 #   srun -N4 --ntasks-per-node=1 preflight.sh /shared/runs      every node of an allocation
+# launcher.preflight=true has every job do this first, and start again without the nodes that fail.
 # Exit code 0: nothing found. 1: this node should be left out (launcher.exclude=NODE). Checks that cannot be made are skipped aloud.
 set -u
 folder=${1:-.}
-node=$(hostname -s)
+# As Slurm calls it: that is what launcher.exclude wants.
+node=${SLURMD_NODENAME:-$(hostname -s)}
 bad=0
 say() { echo "$node: $*"; }
 fail() { bad=1; say "BAD $*"; }
@@ -51,6 +53,11 @@ if [ "${PREFLIGHT_COLLECTIVE:-1}" = 1 ]; then
     3) say "no torch in ${PYTHON:-python3}: collectives not tried" ;;
     *) fail "two processes could not add a number: ${PYTHON:-python3} -m factory_train.slurm.collective" ;;
   esac
+fi
+
+# What else a site wants to be true of a node: launcher.setup=["export PREFLIGHT_COMMAND='...'"].
+if [ -n "${PREFLIGHT_COMMAND:-}" ]; then
+  timeout 120 bash -c "$PREFLIGHT_COMMAND" >/dev/null 2>&1 || fail "PREFLIGHT_COMMAND failed: $PREFLIGHT_COMMAND"
 fi
 
 [ "$bad" = 0 ] && say "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -32,9 +33,10 @@ class Cluster:
     Args:
         folder: for its state.
         limits: with accounting and limits that are enforced.
+        user_signal: whether ranks of a job that is preempted get its --signal first; else SIGTERM is all they get.
     """
 
-    def __init__(self, folder: Path, *, limits: bool = False) -> None:
+    def __init__(self, folder: Path, *, limits: bool = False, user_signal: bool = True) -> None:
         needed = ["munged", "slurmctld", "slurmd", "sbatch", *(["slurmdbd", "mariadbd"] if limits else [])]
         path = os.environ["PATH"] + ":/usr/sbin:/sbin"
         missing = [name for name in needed if shutil.which(name, path=path) is None]
@@ -43,9 +45,10 @@ class Cluster:
             pytest.skip(f"no {', '.join(missing)} here: apt-get install --no-install-recommends {packages}")
         on = "1" if limits else "0"
         # Sockets have short names; two test sessions must not share ports.
-        self._folder = Path("/tmp") / f"slurm-{os.getpid()}-{on}"
+        self._folder = Path("/tmp") / f"slurm-{os.getpid()}-{on}-{user_signal:d}"
         port = str(next(base for base in random.sample(range(17000, 31000, 1000), 14) if _is_free(base + 900) and _is_free(base + 1)))
         self._environ = os.environ | {"LS_DIR": str(self._folder), "LS_ACCT": on, "LS_LIMITS": on, "LS_ETC": "0", "LS_PORT": port}
+        self._environ["LS_USERSIG"] = f"{user_signal:d}"
         self.conf = self._folder / "etc" / "slurm.conf"
         self.state = folder
 
@@ -55,11 +58,14 @@ class Cluster:
         except BaseException:
             self.script("clean")
             raise
+        self._before = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(self.conf)
         return self
 
     def __exit__(self, *_: object) -> None:
         os.environ.pop("SLURM_CONF", None)
+        if self._before is not None:
+            os.environ["SLURM_CONF"] = self._before
         self.script("clean")
 
     def script(self, *words: str) -> str:
@@ -129,6 +135,11 @@ def nodes(run: RunDir, attempt: int) -> list[str]:
     return next(event["nodes"] for event in run.attempts()[attempt - 1].events() if event["event"] == "start")
 
 
+def job_id(run: RunDir) -> str:
+    """Returns the job of a run's newest attempt."""
+    return str(json.loads(run.attempts()[-1].job_path.read_text())["job_id"])
+
+
 def told(run: RunDir) -> str:
     """Returns what a failed wait should show."""
     lines = [f"{run.name}: attempts {run.attempt_numbers()}"]
@@ -140,8 +151,6 @@ def told(run: RunDir) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    import json
-
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,10 +20,12 @@ from factory_train.config import Config, LauncherConfig
 from factory_train.distributed import process_group as meeting
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
 from factory_train.heartbeat import Beat, Place
-from factory_train.launchers import attempts, slurm_queue, slurm_script
+from factory_train.launchers import attempts, slurm_array, slurm_preflight, slurm_queue, slurm_script
+from factory_train.launchers.allocation import Allocation, check_started_once, fill_in, find_allocation
 from factory_train.launchers.fabric import FABRICS, fabric_environ
-from factory_train.launchers.job import Gang, WorkerEnv
+from factory_train.launchers.job import Gang, JobSpec, WorkerEnv
 from factory_train.launchers.slurm_queue import QueuedJob
+from factory_train.launchers.slurm_restart import Restart
 from factory_train.launchers.slurm_task import place
 from factory_train.preemption import Deadline
 from factory_train.run_dir import Attempt
@@ -45,6 +48,33 @@ def test_a_dry_run_prints_the_script_where_there_is_no_slurm(preset: str, tmp_pa
     script = "\n".join(line.rstrip() for line in script.splitlines()) + "\n"
     assert script == (GOLDEN / f"{preset}.txt").read_text()
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_sweep_prints_the_one_script_of_its_points(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(subprocess.__file__).read_text())
+    words = ("recipe=llama_fsdp", "launcher=slurm", "launcher.sweep_parallel=2", "sweep=grid", f"data.path={text}", *command.SMALL)
+    done = command.run(*words, "-m", "optim.lr=1e-3,2e-3,3e-3", "train.seed=1,2", "tracking=none", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 1
+    assert "#SBATCH --array=1-6%2\n" in done.stdout
+    assert "#SBATCH --job-name=sweep-llama_fsdp-grid\n" in done.stdout
+    folder = tmp_path / "runs" / "sweep-llama_fsdp-grid" / "submissions" / "0001"
+    assert f"#SBATCH --output={folder}/slurm-%A_%a.log\n" in done.stdout
+    assert f"-m factory_train.launchers.slurm_batch {folder}/array-1.json\n" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_points_that_ask_for_different_things_are_arrays_of_their_own(tmp_path: Path) -> None:
+    attempt = new_run(tmp_path)
+    times = {1: "10", 2: "20", 3: "10", 5: "10"}
+    jobs = {number: JobSpec(attempt, (Gang("main", 1, 1),), options=LauncherConfig(time=time)) for number, time in times.items()}
+    found = slurm_array.arrays(jobs, "grid", tmp_path, 2, tmp_path)
+    assert [array.parameters["additional_parameters"]["array"] for array in found] == ["1,3,5%2", "2%1"]
+    assert [array.orders.name for array in found] == ["array-1.json", "array-2.json"]
+    chained = {1: JobSpec(attempt, (Gang("main", 1, 1),), options=LauncherConfig(requeue="chain"))}
+    with pytest.raises(ConfigError, match=r"launcher\.requeue"):
+        slurm_array.arrays(chained, "grid", tmp_path, 2, tmp_path)
 
 
 def test_every_launcher_key_of_sbatch_becomes_its_flag(tmp_path: Path) -> None:
@@ -157,6 +187,33 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int | Non
     assert slurm_queue.parse_time_s(text) == seconds
 
 
+@pytest.mark.parametrize(
+    ("environ", "nodes", "tasks", "gpus"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_TASKS_PER_NODE": "4(x2)"}, ("n1", "n2"), 4, None),
+        ({"SLURM_TASKS_PER_NODE": "1(x2)"}, ("n1", "n2"), 1, None),
+        ({"SLURM_TASKS_PER_NODE": "64,32"}, ("n1", "n2"), 2, None),
+        # One task a node is how many ask for a node whole: cards say how many ranks it has.
+        ({"SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_PER_NODE": "a100:8"}, ("n1", "n2"), None, 8),
+        ({"SLURM_GPUS_ON_NODE": "4"}, ("n1", "n2"), None, 4),
+    ],
+)
+def test_an_allocation_says_how_many_ranks_it_is_for(environ: dict[str, str], nodes: tuple[str, ...], tasks: int | None, gpus: int) -> None:
+    found = find_allocation({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", **environ})
+    assert found == Allocation("7", nodes, tasks, gpus)
+    assert fill_in(LauncherConfig(), found) == {"nodes": 2, "tasks_per_node": tasks, "gpus_per_node": gpus}
+    assert fill_in(LauncherConfig(nodes=2, tasks_per_node=3), found)["tasks_per_node"] == 3
+
+
+def test_an_allocation_that_is_too_small_and_a_command_started_once_a_task_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"launcher\.nodes=2"):
+        fill_in(LauncherConfig(nodes=3), Allocation("7", ("n1", "n2"), 1, None))
+    with pytest.raises(ConfigError, match="started this command 4 times"):
+        check_started_once({"SLURM_STEP_NUM_TASKS": "4"})
+    assert find_allocation({}) is None
+    assert Allocation("7", (socket.gethostname().partition(".")[0],), 1, None).is_here
+
+
 def test_a_job_that_waits_says_what_would_help() -> None:
     assert "launcher.time" in QueuedJob("1", "PENDING", "PartitionTimeLimit", "", "N/A").why
     assert "launcher.nodes" in QueuedJob("1", "PENDING", "AssocMaxNodePerJobLimit", "", "N/A").why
@@ -221,6 +278,16 @@ def begun(tmp_path: Path) -> Attempt:
     return attempt
 
 
+def test_a_preflight_names_the_nodes_that_are_ill_and_those_that_say_nothing() -> None:
+    said = "n1: no nvidia-smi: GPUs not looked at\nn1: ok\nn2: BAD the clock is 9 s off\nn2: BAD 3 GPUs, 4 expected\nsrun: n2 failed\n"
+    bad = slurm_preflight.read(said, ["n1", "n2", "n3"])
+    assert bad == {"n2": ["the clock is 9 s off", "3 GPUs, 4 expected"], "n3": ["did not answer"]}
+    assert slurm_preflight.in_words(bad) == "n2: the clock is 9 s off, 3 GPUs, 4 expected; n3: did not answer"
+    assert not slurm_preflight.is_everywhere(bad, ["n1", "n2", "n3"])
+    assert slurm_preflight.is_everywhere(bad, ["n2", "n3"])
+    assert not slurm_preflight.is_everywhere({"n1": ["full"]}, ["n1"]), "another node may do"
+
+
 def test_the_first_start_takes_the_submitted_attempt_and_a_restart_makes_the_next(tmp_path: Path) -> None:
     submitted = begun(tmp_path)
     first = attempts.take(submitted.run, 1, "7")
@@ -274,6 +341,25 @@ def test_a_newer_checkpoint_or_a_new_submission_begins_the_count_anew(tmp_path: 
     shutil.rmtree(run.checkpoints / "step-00000020")
     attempt.record_launch_event("submit")
     assert attempts.count_fruitless(run) == 1
+
+
+@pytest.mark.parametrize(("states", "event"), [(["RUNNING", "COMPLETING"], "exclude"), (["RUNNING"] * 5, "requeue-failed")])
+def test_a_requeue_whose_command_dies_with_the_job_counts_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: list[str], event: str
+) -> None:
+    """Slurm ends every process of the job, the scontrol that asked for it among them."""
+    attempt = begun(tmp_path)
+    excluded: list[str] = []
+
+    def killed(*command: str) -> str:
+        raise UnavailableError("scontrol failed", where="Slurm", fix="scontrol ping")
+
+    monkeypatch.setattr(slurm_queue, "run", killed)
+    monkeypatch.setattr(slurm_queue, "job_state", lambda job_id: states.pop(0))
+    monkeypatch.setattr(slurm_queue, "exclude_nodes", lambda job_id, nodes: excluded.extend(nodes))
+    Restart(attempt, "7", "requeue").ask(bad_nodes=["n2"])
+    assert attempt.events()[-1]["event"] == event
+    assert excluded == (["n2"] if event == "exclude" else [])
 
 
 def test_a_deadline_leaves_room_for_the_measured_save(monkeypatch: pytest.MonkeyPatch) -> None:

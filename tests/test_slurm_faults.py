@@ -10,14 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command
 import pytest
 from conftest import REPOSITORY
-from slurm_cluster import GANG, QUICK, ended, losses, nodes, reached, resumed_at, submit, text_file, until
+from slurm_cluster import GANG, QUICK, ended, job_id, losses, nodes, reached, resumed_at, submit, text_file, until
 
 from factory_train.run_dir import RunDir
 
@@ -61,22 +60,6 @@ def undisturbed(cluster: Cluster, folder: Path) -> RunDir:
     return run
 
 
-@pytest.fixture(scope="module")
-def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of its own, with accounting and limits that are enforced."""
-    from slurm_cluster import Cluster
-
-    before = os.environ.get("SLURM_CONF")
-    with Cluster(tmp_path_factory.mktemp("limited"), limits=True) as cluster:
-        yield cluster
-    if before is not None:
-        os.environ["SLURM_CONF"] = before
-
-
-def job_id(run: RunDir) -> str:
-    return str(json.loads(run.attempts()[-1].job_path.read_text())["job_id"])
-
-
 def workers(run: RunDir) -> dict[int, int]:
     """Returns the pid of each rank's worker."""
     found = {}
@@ -100,10 +83,15 @@ def check_nothing_was_repeated(run: RunDir, undisturbed: RunDir) -> None:
 
 
 def test_scontrol_requeue(cluster: Cluster, undisturbed: RunDir, folder: Path) -> None:
+    """Somebody who follows the log of a rank sees the second attempt too, and is let go at the end."""
     run = submit(folder, "requeue", STEPS)
     reached(run, 30)
+    following = command.start("logs", "-f", run.name, "--rank", "3", cwd=folder)
     cluster.slurm("scontrol", "requeue", job_id(run))
     check_nothing_was_repeated(run, undisturbed)
+    shown, _ = following.communicate(timeout=60)
+    assert following.returncode == 0
+    assert "--- attempt 2 ---" in shown
 
 
 def test_a_signal_to_the_process_of_one_rank(undisturbed: RunDir, folder: Path) -> None:
@@ -288,6 +276,19 @@ def test_a_save_switch_saves_and_training_goes_on(undisturbed: RunDir, folder: P
     assert not (run.path / "switches" / "save").exists()
 
 
+def test_a_stop_switch_saves_and_ends_the_run(cluster: Cluster, folder: Path) -> None:
+    run = submit(folder, "touched", "train.steps=4000")
+    reached(run, 20)
+    (run.path / "switches").mkdir(exist_ok=True)
+    (run.path / "switches" / "stop").touch()
+    ended(run, "interrupted")
+    verdict = run.attempts()[0].verdict()
+    assert verdict is not None
+    assert (run.checkpoints / f"step-{verdict.step:08d}").is_dir()
+    until(lambda: not cluster.slurm("squeue", "--noheader").strip())
+    assert len(run.attempts()) == 1
+
+
 def test_a_chain_goes_on_where_requeue_is_not_wanted(cluster: Cluster, undisturbed: RunDir, folder: Path) -> None:
     run = submit(folder, "chain", STEPS, "launcher.requeue=chain", "launcher.chain=2")
     reached(run, 30)
@@ -301,23 +302,3 @@ def test_jobs_that_follow_start_when_the_run_has_ended_well(cluster: Cluster, fo
     job = json.loads(run.attempts()[0].job_path.read_text())["then"]["evaluate"]
     ended(run)
     until(lambda: "JobState=COMPLETED" in cluster.slurm("scontrol", "--oneliner", "show", "job", job))
-
-
-@pytest.mark.parametrize(
-    ("words", "key", "code"),
-    [
-        (("launcher.account=nope",), "launcher.account", 3),
-        (("launcher.partition=nope",), "launcher.partition", 3),
-        (("launcher.qos=nope",), "launcher.qos", 3),
-        (("launcher.time=5:00:00",), "launcher.time", 77),
-        (("launcher.nodes=9",), "launcher.nodes", 77),
-        (("launcher.partition=tiny",), "launcher.nodes", 77),
-        (("launcher.qos=small", "launcher.nodes=3"), "launcher.qos", 77),
-    ],
-)
-def test_what_breaks_a_limit_is_refused_at_submission(limited: Cluster, folder: Path, words: tuple[str, ...], key: str, code: int) -> None:
-    done = command.run(*GANG, "run=refused", f"data.path={text_file(folder)}", *QUICK, *words, cwd=folder)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert f"error: {key}: Slurm refused the job" in done.stderr
-    assert "  fix: " in done.stderr
-    assert not (folder / "runs" / "llama_fsdp-refused").exists()

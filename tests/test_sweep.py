@@ -262,6 +262,18 @@ def test_what_cannot_be_swept_is_refused_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
+def test_points_that_each_take_a_whole_allocation_do_not_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    assert cli.main([RECIPE, "-m", "train.seed=1,2", "launcher.sweep_parallel=2"]) == 2
+    assert "fix: launcher.sweep_parallel=1; launcher=slurm makes an array of them" in capsys.readouterr().err
+
+
 def synthetic_sweep(root: Path, values: list[dict[str, Any]], **tracking: Any) -> SweepDir:
     """Returns a sweep with a run that is done for each of its points."""
     record = new_record("llama_fsdp", "made", list(values[0]))

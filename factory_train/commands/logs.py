@@ -6,6 +6,7 @@ import codecs
 import sys
 import time
 
+from factory_train import flight_recorder
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.run_words import add_words, the_run
 from factory_train.errors import NotFoundError
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rank", type=int, default=0, help="which rank (0)")
     parser.add_argument("--island", type=int, default=0, help="of which island, where the run has several (0)")
     parser.add_argument("--stage", choices=("prepare", "train", "finish", "sync"), default="train", help="which stage (train)")
+    parser.add_argument("--collectives", action="store_true", help="which rank entered which collective last (PyTorch's flight recorder)")
     parser.add_argument("--attempt", type=int, help="which attempt (the newest)")
     arguments = parser.parse(argv)
     run, _ = the_run("logs", arguments.words)
@@ -36,6 +38,8 @@ def main(argv: list[str]) -> int:
     if arguments.stage == "train" and has_islands(run):
         run = _island(run, arguments.island)
     attempt = _attempt(run, arguments.attempt)
+    if arguments.collectives:
+        return _collectives(attempt)
     try:
         return _follow(run, attempt, log) if arguments.follow else _print(attempt, log)
     except KeyboardInterrupt:
@@ -66,6 +70,27 @@ def _print(attempt: Attempt, log: str) -> int:
             f"no log '{log}' in attempt {attempt.number}", where=attempt.run.name, fix=f"there is: {', '.join(there) or 'none'}"
         )
     sys.stdout.write(path.read_text(errors="replace"))
+    return 0
+
+
+def _collectives(attempt: Attempt) -> int:
+    """Shows what the flight recorders of an attempt hold, by process group, the first rank that stopped ahead of all."""
+    recorded, unread = flight_recorder.read_groups(attempt)
+    if not recorded:
+        raise NotFoundError(
+            f"no flight recorder of attempt {attempt.number} to read" + "".join(f"; {why}" for why in unread),
+            where=attempt.run.name,
+            fix="NCCL writes them when a collective times out; status names the rank that stopped by its heartbeat",
+        )
+    found = flight_recorder.first_stopped(recorded)
+    print(found.text if found else "every rank is in the same collectives")
+    for group in recorded:
+        print(f"{group.name}: ranks {', '.join(map(str, group.ranks))}")
+        for rank in group.ranks:
+            last = group.last(rank)
+            print(f"  rank {rank:<4} " + (f"{'left' if last.is_over else 'in'} {last.text}" if last else "no record"))
+    for why in unread:
+        print(f"not read: {why}", file=sys.stderr)
     return 0
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from factory_train import checks, storage
+from factory_train import checks, storage, switches
 from factory_train.checkpoint import origin
+from factory_train.commands.launcher_choice import with_launcher
 from factory_train.config import Config, LauncherConfig, unsafe_changes
 from factory_train.data.catalog import cache_root, known_manifest
 from factory_train.data.manifest import check_length
@@ -18,13 +20,14 @@ from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
 from factory_train.gangs import island_names
 from factory_train.hardware import Hardware, detect, visible_cards
-from factory_train.launchers import ray_jobs, slurm_queue, slurm_script
+from factory_train.launchers import ray_jobs, slurm_array
 from factory_train.launchers.by_name import is_alive, launcher_named
 from factory_train.launchers.job import MAIN_GANG, Gang, JobHandle, JobSpec
+from factory_train.launchers.slurm import SlurmLauncher
 from factory_train.plan import Plan, check_fits, make_plan, resolve_tasks_per_node
 from factory_train.run_dir import Attempt, RunDir
 from factory_train.runs_index import remember_root, runs_root
-from factory_train.snapshot import copy_code, write_snapshot
+from factory_train.snapshot import copy_code, copy_code_to, share_code, write_snapshot
 from factory_train.units import format_bytes
 
 # Room for logs, metrics, the tokens of a small corpus and the tracking database.
@@ -111,7 +114,7 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
     root = run.path.parent if run else runs_root(config.runs_root)
     run = run or (find_run(root, config.recipe, config.run) if config.run else None)
     config = _with_origin(config, root, run)
-    config, reason = _with_launcher(config)
+    config, reason = with_launcher(config)
     hardware = _hardware(config)
     if config.diloco.islands:
         config = _for_islands(config, cache_root(config, root))
@@ -221,6 +224,60 @@ def start(request: Request) -> Started | None:
     Raises:
         PreflightError: another command was faster, or nothing could be started; no trace of it is left then.
     """
+    with _taken(request) as attempt:
+        if attempt is None:
+            return None
+        launcher = launcher_named(request.config.launcher.name)
+        code = None if launcher.name == "local" else copy_code(attempt, request.config.plugins)
+        started = Started(attempt, launcher.submit(request.job(attempt, code), detach=not request.config.wait))
+    remember_root(request.root)
+    return started
+
+
+def start_array(requests: Mapping[int, Request], name: str, folder: Path) -> dict[int, Started | None]:
+    """Takes an attempt of each run and hands all of them to Slurm as an array; None for runs with nothing left to do.
+
+    Args:
+        requests: by the number of the point.
+        name: of the job.
+        folder: a new one, for the script, logs and the code that the points share.
+
+    Raises:
+        PreflightError: another command was faster, or sbatch refuses; no trace of any point is left then.
+    """
+    with contextlib.ExitStack() as stack:
+        taken = {number: stack.enter_context(_taken(request)) for number, request in requests.items()}
+        started: dict[int, Started | None] = dict.fromkeys(taken)
+        begun = {number: attempt for number, attempt in taken.items() if attempt is not None}
+        if begun:
+            try:
+                plugins = dict.fromkeys(name for number in begun for name in requests[number].config.plugins)
+                code = copy_code_to(folder / "code" / "tree", list(plugins))
+                for attempt in begun.values():
+                    share_code(attempt, code)
+                handles = slurm_array.submit(SlurmLauncher(), _arrays({number: requests[number] for number in begun}, begun, name, folder))
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            started |= {number: Started(attempt, handles[number]) for number, attempt in begun.items()}
+    remember_root(next(iter(requests.values())).root)
+    return started
+
+
+def describe_array(requests: Mapping[int, Request], name: str, folder: Path) -> str:
+    """Returns the script that `start_array` would submit, for --dry-run."""
+    return slurm_array.describe(_arrays(requests, {number: _next_attempt(request) for number, request in requests.items()}, name, folder))
+
+
+def _arrays(requests: Mapping[int, Request], attempts: Mapping[int, Attempt], name: str, folder: Path) -> list[slurm_array.Array]:
+    code, parallel = folder / "code" / "tree", next(iter(requests.values())).config.launcher.sweep_parallel
+    jobs = {number: request.job(attempts[number], code) for number, request in requests.items()}
+    return slurm_array.arrays(jobs, name, folder, parallel, code)
+
+
+@contextlib.contextmanager
+def _taken(request: Request) -> Iterator[Attempt | None]:
+    """Holds a run's lock with a new attempt of it, which goes again if it cannot be started; None when nothing is left to do."""
     run, is_new = request.run, False
     parent = origin.parse(request.config.init_from).title if request.config.init_from else None
     if run is None:
@@ -235,28 +292,25 @@ def start(request: Request) -> Started | None:
         before = run.attempt_numbers()
         try:
             check_continues(run, request.config, force=request.force)
-            if is_finished(request):
-                return None
-            started = _submit(request, run)
+            yield None if is_finished(request) else _new_attempt(request, run)
         except BaseException:
             _remove_unstarted(run, before, is_new=is_new)
             raise
-    remember_root(request.root)
-    return started
 
 
-def _submit(request: Request, run: RunDir) -> Started:
+def _new_attempt(request: Request, run: RunDir) -> Attempt:
     last = run.last_attempt()
     forced = unsafe_changes(last.config(), request.config) if last else {}
+    # Whoever starts a run again does not want it stopped any more.
+    for name in (switches.STOP, switches.PREEMPT):
+        switches.turn_off(run, name)
     attempt = run.new_attempt(request.config)
     storage.write_json(attempt.path / "plan.json", request.plan.to_json())
     write_snapshot(attempt, request.argv, request.config.plugins)
     attempt.record_launch_event("submit", argv=list(request.argv), launcher=request.launcher_reason)
     if forced:
         attempt.record_launch_event("forced", changes={key: list(values) for key, values in forced.items()})
-    launcher = launcher_named(request.config.launcher.name)
-    code = None if launcher.name == "local" else copy_code(attempt, request.config.plugins)
-    return Started(attempt, launcher.submit(request.job(attempt, code), detach=not request.config.wait))
+    return attempt
 
 
 def _remove_unstarted(run: RunDir, before: list[int], *, is_new: bool) -> None:
@@ -269,45 +323,16 @@ def _remove_unstarted(run: RunDir, before: list[int], *, is_new: bool) -> None:
 
 def describe(request: Request) -> str:
     """Returns what would be started, for --dry-run."""
-    run = request.run or RunDir(request.root / f"{request.config.recipe}-{request.config.run or '<new id>'}")
-    number = (run.attempt_numbers() or [0])[-1] + 1 if request.run else 1
-    attempt = Attempt(run, number)
+    attempt = _next_attempt(request)
     launcher = launcher_named(request.config.launcher.name)
     code = None if launcher.name == "local" else attempt.path / "code" / "tree"
     return launcher.describe(request.job(attempt, code))
 
 
-def _with_launcher(config: Config) -> tuple[Config, str]:
-    """Returns the configuration with launcher and waiting decided, and why it is this launcher, for people."""
-    name, reason = _choose_launcher(config)
-    if name == "local" and config.launcher.nodes != 1:
-        raise ConfigError(
-            f"{config.launcher.nodes} nodes, and the local launcher has this machine only",
-            where="launcher.nodes",
-            fix="launcher.nodes=1, or launcher=slurm or launcher=ray on a cluster",
-        )
-    if name == "slurm":
-        slurm_script.check(config.launcher)
-    launcher = replace(config.launcher, name=name)
-    if name == "ray":
-        # Resolved, so that `resume` in a shell of another environment finds the cluster.
-        launcher = replace(launcher, address=ray_jobs.check(launcher))
-    wait = name == "local" if config.wait is None else config.wait
-    return replace(config, wait=wait, launcher=launcher), f"{name} ({reason})"
-
-
-def _choose_launcher(config: Config) -> tuple[str, str]:
-    if config.launcher.name != "auto":
-        return config.launcher.name, f"launcher={config.launcher.name}"
-    if "SLURM_JOB_ID" in os.environ:
-        return "local", f"inside allocation {os.environ['SLURM_JOB_ID']}: on this machine of it; launcher=slurm submits a job"
-    if slurm_queue.is_installed():
-        if slurm_queue.answers():
-            return "slurm", "sbatch is here and a controller answers"
-        return "local", "sbatch is here, but no controller answers"
-    if "RAY_ADDRESS" in os.environ:
-        return "ray", f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}"
-    return "local", "no Slurm and no Ray found, so everything runs on this machine"
+def _next_attempt(request: Request) -> Attempt:
+    """Returns the attempt that would be taken, of which nothing is there."""
+    run = request.run or RunDir(request.root / f"{request.config.recipe}-{request.config.run or '<new id>'}")
+    return Attempt(run, (run.attempt_numbers() or [0])[-1] + 1 if request.run else 1)
 
 
 def _hardware(config: Config) -> Hardware:

@@ -1,12 +1,13 @@
 """`train --multirun`: every combination of values as a run of its own, compared at the end.
 
-All points are checked and planned before the first starts. What carries them out is behind `Runner`; on this machine
-that is `sweep_local.run_points`.
+All points are checked and planned before the first starts. What carries them out is behind `Runner`: on this machine
+`sweep_local.run_points`, on Slurm `sweep_slurm.run_points`.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from factory_train import storage
-from factory_train.commands import submission, sweep_local
+from factory_train.commands import submission, sweep_local, sweep_slurm
 from factory_train.commands.follow import passing_on_signals
 from factory_train.commands.summary import shown
 from factory_train.commands.sweep_point import Draft
@@ -72,8 +73,9 @@ class Prepared:
     before: bytes | None
 
 
-# Runs points until all have ended or a signal came, keeping their states in the record; returns an exit code for each that ran.
-Runner = Callable[[SweepDir, SweepRecord, Sequence[Draft], SweepView, Sequence[int]], list[int]]
+# Runs points until all have ended or a signal came, keeping their states in the record; returns an exit code for each that ran,
+# or None where a scheduler has them and nobody waits.
+Runner = Callable[[SweepDir, SweepRecord, Sequence[Draft], SweepView, Sequence[int]], list[int] | None]
 
 
 def main(
@@ -95,6 +97,8 @@ def main(
     for number, draft in enumerate(prepared.drafts, start=1):
         print(f"[{number}/{len(prepared.drafts)}] {draft.point.label}")
         show(draft)
+    if sweep_slurm.is_meant(prepared.drafts):
+        print(sweep_slurm.describe(prepared.sweep, prepared.drafts))
     return ExitCode.OK
 
 
@@ -127,16 +131,29 @@ def _prepare(overrides: Sequence[str], argv: Sequence[str], config_dir: str | No
             # A dry run has no use for a name that the next command will not take.
             is_named = not dry_run or first.sweep is not None
             config = replace(composition.config, sweep=record.id, run=record.run_id(point.number)) if is_named else composition.config
-            request = submission.check_request(replace(config, wait=True), argv, force=force, dry_run=dry_run)
+            request = submission.check_request(config, argv, force=force, dry_run=dry_run)
         except FactoryTrainError as error:
             label = point.label or f"point {point.number}"
             error.where = f"{error.where} ({label})" if error.where else label
             error.fix = error.fix.replace("take another run=NAME", "take another sweep=NAME") if error.fix else None
             raise
+        if request.config.launcher.name != "slurm":
+            # Somebody has to start the next.
+            request = replace(request, config=replace(request.config, wait=config.wait is not False))
         if request.config.launcher.name == "local":
             request = replace(request, config=sweep_local.share_cores(request.config, together, request.plan.tasks_per_node))
         drafts.append(Draft(point, request, composition))
     requests = [draft.request for draft in drafts]
+    if configs[0].wait is False and not sweep_slurm.is_meant(drafts):
+        raise ConfigError(
+            "somebody has to wait for the runs of a sweep, to start the next and to compare them", where="wait", fix="wait=true"
+        )
+    if requests[0].config.launcher.name == "allocation" and together > 1:
+        raise ConfigError(
+            "every point takes the whole allocation, so they run one after the other",
+            where="launcher.sweep_parallel",
+            fix="launcher.sweep_parallel=1; launcher=slurm makes an array of them",
+        )
     if not dry_run:
         sweep_local.check_disk(requests, together)
     if requests[0].config.launcher.name == "local":
@@ -151,10 +168,6 @@ def _check_shared(configs: Sequence[Config]) -> None:
     for key in _SHARED:
         if len({value_key(values[key]) for values in flat}) > 1:
             raise ConfigError("the points of a sweep cannot differ in this", where=key, fix=f"one value: {key}={shown_value(flat[0][key])}")
-    if configs[0].wait is False:
-        raise ConfigError(
-            "somebody has to wait for the runs of a sweep, to start the next and to compare them", where="wait", fix="wait=true"
-        )
 
 
 def _axes(words: Sequence[Sequence[str]]) -> list[str]:
@@ -217,9 +230,20 @@ def _carry_out(prepared: Prepared, argv: Sequence[str]) -> int:
         sweep.save(record)
         view = SweepView(sweep, drafts)
         view.begin(is_new=prepared.before is None)
-        runner: Runner = sweep_local.run_points
-        codes = runner(sweep, record, drafts, view, received)
+        runner: Runner = sweep_slurm.run_points if sweep_slurm.is_meant(drafts) else sweep_local.run_points
+        try:
+            codes = runner(sweep, record, drafts, view, received)
+        except BaseException:
+            if prepared.before is None and not any(sweep.run(point) for point in record.points):
+                # Nothing was started, so the name stays free for the command that will be right.
+                shutil.rmtree(sweep.path)
+            raise
         view.close()
+        if codes is None:
+            sweep.save(record)
+            for index, words in enumerate(sweep_slurm.next_commands(sweep)):
+                print(f"{'' if index else 'next':<10}  {words}")
+            return ExitCode.OK
         record.ended = time.time()
         sweep.save(record)
         return _conclude(prepared, codes, received)

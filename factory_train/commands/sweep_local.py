@@ -126,7 +126,7 @@ def run_points(sweep: SweepDir, record: SweepRecord, drafts: Sequence[Draft], vi
                 continue
             if started is not None:
                 running.append(_Running(draft, started, slot))
-            _note(sweep, record, draft, RUNNING if started else DONE)
+            note(sweep, record, draft, RUNNING if started else DONE)
             if started is not None:
                 view.started(draft, started)
             else:
@@ -139,7 +139,7 @@ def run_points(sweep: SweepDir, record: SweepRecord, drafts: Sequence[Draft], vi
         for point in [point for point in running if point.started.handle.wait(0)]:
             running.remove(point)
             result = read_point(sweep, point.draft.point)
-            _note(sweep, record, point.draft, result.state)
+            note(sweep, record, point.draft, result.state)
             newest = point.started.attempt.run.last_attempt() or point.started.attempt
             verdict = newest.verdict()
             codes.append(verdict.exit_code if verdict else point.started.handle.exit_code or ExitCode.FAILED)
@@ -149,14 +149,15 @@ def run_points(sweep: SweepDir, record: SweepRecord, drafts: Sequence[Draft], vi
     return codes
 
 
-def _note(sweep: SweepDir, record: SweepRecord, draft: Draft, state: str, reason: str = "") -> None:
+def note(sweep: SweepDir, record: SweepRecord, draft: Draft, state: str, reason: str = "") -> None:
+    """Puts the state of a point into the record."""
     draft.point.state, draft.point.reason = state, reason
     sweep.save(record)
 
 
 def _not_started(sweep: SweepDir, record: SweepRecord, draft: Draft, view: SweepView, error: Exception) -> int:
     reason = error.what if isinstance(error, FactoryTrainError) else str(error)
-    _note(sweep, record, draft, FAILED, f"not started: {reason}")
+    note(sweep, record, draft, FAILED, f"not started: {reason}")
     view.ended(draft, read_point(sweep, draft.point))
     return error.exit_code if isinstance(error, FactoryTrainError) else ExitCode.FAILED
 

@@ -15,7 +15,7 @@ from factory_train.commands.submission import Started
 from factory_train.commands.summary import shown
 from factory_train.commands.sweep_point import Draft
 from factory_train.console import failure_lines
-from factory_train.sweep import DONE, NOT_RUN, SweepDir
+from factory_train.sweep import DONE, NOT_RUN, PENDING, SweepDir
 from factory_train.sweep_report import cells, header, state_text
 from factory_train.sweep_results import PointResult, SweepResults
 from factory_train.tail import Follower
@@ -68,6 +68,10 @@ class SweepView:
         self._running[draft.point.number] = (Follower(attempt.metrics_path), attempt.config().train.steps)
         again = f"   attempt {attempt.number}" if attempt.number > 1 else ""
         self._print(self._head(draft, "started") + again)
+
+    def submitted(self, draft: Draft, started: Started) -> None:
+        """A point is in a scheduler's queue."""
+        self._print(self._head(draft, "submitted") + f"   job {started.handle.to_json()['job_id']}")
 
     def finished_before(self, draft: Draft) -> None:
         """A point needs no running: an earlier command has finished it."""
@@ -127,7 +131,7 @@ class SweepView:
 
     def _state_line(self) -> str:
         states = [draft.point.state for draft in self._drafts]
-        done, waiting = states.count(DONE), states.count(NOT_RUN)
+        done, waiting = states.count(DONE), states.count(NOT_RUN) + states.count(PENDING)
         counts = {
             "done": done,
             "running": len(self._running),

@@ -9,6 +9,7 @@ from factory_train.errors import ConfigError, ExitCode, FactoryTrainError, did_y
 from factory_train.run_dir import RunDir
 from factory_train.runs_index import all_runs, find_run, runs_root
 from factory_train.sweep import SweepDir, all_sweeps, find_sweep
+from factory_train.sweep_report import write_sweep_report
 from factory_train.tracking.facts import read_facts
 from factory_train.tracking.store import default_uri, ui_command, without_credentials
 from factory_train.tracking.sweeps import first_config, send_sweep
@@ -107,5 +108,8 @@ def _send_sweep(sweep: SweepDir, uri: str | None) -> str:
     if config is None or (uri is None and config.tracking.backend == "none"):
         return f"{sweep.name}: {'tracking is off' if config else 'no point was started'}, nothing sent"
     uri = uri or config.tracking.uri or default_uri(sweep.path.parent)
+    if sweep.record().ended is None:
+        # Nobody waited for its points to compare them: a scheduler ran them.
+        write_sweep_report(sweep)
     run_id = send_sweep(sweep, uri, config.tracking.experiment)
     return f"{sweep.name}: the comparison of its points\n  {without_credentials(uri)}  run {run_id}"

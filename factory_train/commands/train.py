@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         return hydra_app.run(argv)
     arguments = parser.parse(argv)
     if arguments.multirun:
-        from factory_train.commands import sweep
+        from factory_train.commands import sweep, sweep_slurm
 
         return sweep.main(
             arguments.overrides,
@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
             arguments.config_dir,
             force=arguments.force,
             dry_run=arguments.dry_run,
-            show=lambda draft: _dry_run(draft.request, draft.composition),
+            # An array has one script for all its points.
+            show=lambda draft: _dry_run(draft.request, draft.composition, script=not sweep_slurm.is_meant([draft])),
         )
     composition = compose_run(arguments.overrides, arguments.config_dir)
     if composition.config.sweep is not None:
@@ -86,8 +87,8 @@ def carry_out(request: Request) -> Outcome:
     return Outcome(ExitCode.OK, run)
 
 
-def show_dry_run(request: Request, against: str, base: Config, choices: Sequence[str] = ()) -> int:
-    """Tells what would be started, and which keys differ from `base`; returns the exit code."""
+def show_dry_run(request: Request, against: str, base: Config, choices: Sequence[str] = (), *, script: bool = True) -> int:
+    """Tells what would be started, unless `script` is off, and which keys differ from `base`; returns the exit code."""
     _show_plan(request)
     changes = differences(request.config, base)
     print(f"{'changes':<10}  against {against}:{'' if changes or choices else ' none'}")
@@ -97,16 +98,16 @@ def show_dry_run(request: Request, against: str, base: Config, choices: Sequence
         print(f"  {key}: {_yaml(old)} -> {_yaml(new)}")
     if submission.is_finished(request):
         print(f"{'start':<10}  nothing: the run has done all its steps")
-    else:
+    elif script:
         print(f"{'start':<10}  {submission.describe(request)}")
     return ExitCode.OK
 
 
-def _dry_run(request: Request, composition: Composition) -> int:
+def _dry_run(request: Request, composition: Composition, *, script: bool = True) -> int:
     last = request.run.last_attempt() if request.run else None
     if last is not None:
-        return show_dry_run(request, f"attempt {last.number} of {last.run.name}", last.config())
-    return show_dry_run(request, f"recipe={request.config.recipe}", composition.groups_only, composition.choices)
+        return show_dry_run(request, f"attempt {last.number} of {last.run.name}", last.config(), script=script)
+    return show_dry_run(request, f"recipe={request.config.recipe}", composition.groups_only, composition.choices, script=script)
 
 
 def _show_plan(request: Request) -> None:

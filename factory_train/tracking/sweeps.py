@@ -13,7 +13,7 @@ from pathlib import Path
 from factory_train import storage
 from factory_train.config import Config
 from factory_train.run_dir import RunDir
-from factory_train.sweep import DONE, NOT_RUN, SweepDir, SweepRecord, shown_value, sweep_of
+from factory_train.sweep import DONE, NOT_RUN, PENDING, RUNNING, SweepDir, SweepRecord, shown_value, sweep_of
 from factory_train.sweep_results import SweepResults, read_results
 from factory_train.tracking.lineage import MAX_PARAM_CHARS, MAX_TAG_CHARS
 from factory_train.tracking.store import TrackingStore, open_store, translated_errors, without_credentials
@@ -176,7 +176,7 @@ def _upload(store: TrackingStore, run_id: str, sweep: SweepDir) -> None:
 def _set_status(store: TrackingStore, run_id: str, sweep: SweepDir, record: SweepRecord, results: SweepResults) -> None:
     counts = results.counts()
     stopped = {NOT_RUN, "preempted", "interrupted"} & counts.keys()
-    if sweep.is_running(record):
+    if sweep.is_running(record) or {RUNNING, PENDING} & counts.keys():
         store.client.update_run(run_id, "RUNNING")
         return
     # A sweep with a failure in it has done what it was for, as long as anything can be compared.

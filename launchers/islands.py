@@ -178,6 +178,7 @@ class Islands:
         error = worst.attempt.error()
         if error is not None:
             log = worst.attempt.log_path(f"rank-{error.get('rank', 0):05d}")
-            self._attempt.record_error({**error, "message": f"{worst.name}: {error.get('message')}", "log": os.path.relpath(log, self._attempt.run.path)})
+            message, log_name = f"{worst.name}: {error.get('message')}", os.path.relpath(log, self._attempt.run.path)
+            self._attempt.record_error({**error, "message": message, "log": log_name})
         by_user = worst.exit_code in _HOPELESS and worst.exit_code != ExitCode.INTEGRITY
         return "failed-user" if by_user else "failed-transient", worst.exit_code, f"{worst.name}: {worst.reason}"

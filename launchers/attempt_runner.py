@@ -224,7 +224,7 @@ class AttemptRunner(ABC):
         if self._attempt.verdict() is not None or (code == 0 and (self._attempt.launch / f"{stage}.done").exists()):
             return None
         if code == ExitCode.PREEMPTED and stage != "train":
-            return End("preempted", ExitCode.PREEMPTED, f"stopped in stage '{stage}'")
+            return self._unsaved(stage, told) if told else End("preempted", ExitCode.PREEMPTED, f"stopped in stage '{stage}'")
         error = self._attempt.error()
         if error is None:
             if told is not None:

@@ -46,6 +46,7 @@ class Batch(AttemptRunner):
         # Nodes that the next attempt should do without.
         self._bad_nodes: list[str] = []
         self._srun: subprocess.Popen[bytes] | None = None
+        self._stage = ""
 
     def _place(self) -> dict[str, Any]:
         return {"job_id": self._job_id, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")), "nodes": self._nodes}
@@ -87,6 +88,7 @@ class Batch(AttemptRunner):
         return End("killed", ExitCode.INTERRUPTED, why)
 
     def _start(self, stage: str, orders: WorkerEnv) -> None:
+        self._stage = stage
         nodes = self._spec["gang"]["nodes"] if stage == "train" else 1
         command = slurm_script.stage_command(self._spec, stage, nodes=nodes, tasks_per_node=orders.local_world_size)
         self._srun = subprocess.Popen(command, env=import_environ(os.environ) | orders.to_environ(), stdin=subprocess.DEVNULL)
@@ -120,6 +122,10 @@ class Batch(AttemptRunner):
         return self._nodes[node] if node < len(self._nodes) else "?"
 
     def _tell_ranks(self, name: str) -> None:
+        if self._in_allocation and name == "INT" and self._stage != "train":
+            # There is nothing to save.
+            self._end()
+            return
         if self._in_allocation and name == "INT":
             # Seen by rank 0 within seconds. srun takes a SIGINT for a question, and other steps of the allocation are not ours.
             switches.turn_on(self._attempt.run, switches.STOP)

@@ -31,7 +31,14 @@ _LIMIT_S = 180.0
 _SMALL = (
     *("recipe=llama_fsdp", "launcher.tasks_per_node=2", "tracking=none", "data.tokenizer=byte", "evaluation.sample_tokens=8"),
     *("model.dim=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn_dim=64", "train.seq_len=32"),
-    *("train.global_batch_tokens=256", "train.micro_batch_size=4", "train.steps=2", "train.validate_every=0", "train.log_every=1"),
+    *(
+        "train.global_batch_tokens=256",
+        "train.micro_batch_size=4",
+        "train.steps=2",
+        "train.validate_every=0",
+        "train.log_every=1",
+        "optim.warmup_steps=0",
+    ),
 )
 WAYS = {
     "local": ("launcher=local",),
@@ -74,6 +81,7 @@ def measure(way: str, root: Path, number: int) -> Timeline:
         assert process.returncode == 0, complaint
     run, limit = RunDir(root / f"llama_fsdp-{name}"), time.monotonic() + _LIMIT_S
     while not (attempt := run.last_attempt() if run.path.exists() else None) or attempt.verdict() is None:
+        assert process.poll() in (None, 0), process.communicate()[1]
         assert time.monotonic() < limit, f"{way}: no verdict within {_LIMIT_S:g} s"
         time.sleep(0.1)
     process.wait()

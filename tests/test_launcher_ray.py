@@ -23,6 +23,7 @@ from factory_train import storage, switches
 from factory_train.config import ElasticConfig, LauncherConfig
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
 from factory_train.launchers import ray_api, ray_entry, ray_jobs, ray_own, ray_room
+from factory_train.launchers.by_name import is_alive
 from factory_train.launchers.job import WorkerEnv
 from factory_train.launchers.ray_agent import NodeAgent
 from factory_train.launchers.ray_api import RayApi
@@ -285,6 +286,15 @@ def test_a_job_that_ended_without_a_word_is_explained_by_whoever_looks(
     assert verdict is not None
     assert verdict.outcome == outcome
     assert words in verdict.reason
+
+
+def test_another_cluster_at_the_address_does_not_speak_for_a_job_that_lives(dashboard: str, tmp_path: Path) -> None:
+    attempt = begun(tmp_path, dashboard)
+    (attempt.path / "heartbeat" / "launcher").touch()
+    with pytest.raises(UnavailableError, match="does not know the job, whose processes live"):
+        handle_of(attempt).status()
+    assert attempt.verdict() is None
+    assert is_alive(attempt.run)
 
 
 def test_a_dashboard_that_is_away_for_a_moment_has_not_lost_the_job(

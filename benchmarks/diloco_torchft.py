@@ -73,6 +73,7 @@ def with_torchft(order: dict[str, Any], model: nn.Module) -> tuple[Callable[[int
         state_dict=model.state_dict,
         min_replica_size=2,
         use_async_quorum=False,
+        init_sync=False,
         replica_id=ISLANDS[order["index"]],
         lighthouse_addr="http://127.0.0.1:29510",
         store_addr="127.0.0.1",

@@ -14,8 +14,8 @@ Floors in bytes an element, float32 state and error, int8, M islands: `encode` 1
 without error feedback plus the code), `reduce` 1 + 1 / M, `outer_update` 25 (read code, outer, momentum, inner; write the three).
 
 All islands decode the same bytes with the same arithmetic, fused multiply-adds switched off, so that what they make of them is
-bit-identical. The fingerprint sums, modulo 2^64, the bits of outer parameters and momentum times odd numbers that depend on
-the place: no single flipped bit leaves it unchanged.
+bit-identical. The fingerprint sums the bits of outer parameters and momentum times odd numbers that depend on the place, modulo
+2^32 an element and 2^64 in all: no single flipped bit leaves it unchanged.
 """
 
 # mypy: allow-untyped-defs
@@ -32,8 +32,8 @@ CODE_BYTES = {"fp64": 8 * BLOCK, "fp32": 4 * BLOCK, "bf16": 2 * BLOCK, "int8": B
 _LARGEST = {"int8": 127.0, "int4": 7.0}
 _FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 _SMALLEST_SCALE = 1.2e-38
-# Odd; of the state and of the momentum.
-_MIX_OUTER, _MIX_MOMENTUM = 0x9E3779B97F4A7C15 - 2**64, 0x517CC1B727220A95
+# Odd, as signed numbers: of outer parameters and momentum within a block (32 bits), and of the block (64 bits).
+_MIX_OUTER, _MIX_MOMENTUM, _MIX_BLOCK = 0x9E3779B1 - 2**32, 0x517CC1B7, 0x9E3779B97F4A7C15 - 2**64
 # Blocks of one Triton program.
 ROWS = 8
 
@@ -132,7 +132,8 @@ if HAS_TRITON:
 
     @triton.jit
     def update_pass(
-        codes, scales, outer, momentum, inner, prints, n, num_blocks, lr, mu, keep, mix_outer, mix_momentum,
+        codes, scales, outer, momentum, inner, prints, n, num_blocks, lr, mu, keep, mix_block,
+        MIX_OUTER: tl.constexpr, MIX_MOMENTUM: tl.constexpr,
         FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         """Takes the outer Nesterov step, mixes it into the inner parameters, and sums the bits of the new state."""
@@ -149,10 +150,11 @@ if HAS_TRITON:
         if keep != 0:
             mixed = keep * tl.load(inner + at, mask=inside, other=0.0) + (1.0 - keep) * w
         tl.store(inner + at, mixed, mask=inside)
-        odd = 2 * at + 1
-        mixed_bits = w.to(tl.int32, bitcast=True).to(tl.int64) * (odd * mix_outer)
-        mixed_bits += v.to(tl.int32, bitcast=True).to(tl.int64) * (odd * mix_momentum)
-        tl.store(prints + rows, tl.sum(tl.where(inside, mixed_bits, 0), axis=1), mask=rows < num_blocks)
+        odd = 2 * tl.arange(0, BLOCK)[None, :] + 1
+        bits = (w.to(tl.int32, bitcast=True) * (odd * MIX_OUTER)).to(tl.int64)
+        bits += (v.to(tl.int32, bitcast=True) * (odd * MIX_MOMENTUM)).to(tl.int64)
+        parts = tl.sum(tl.where(inside, bits, 0), axis=1) * ((2 * rows + 1) * mix_block)
+        tl.store(prints + rows, parts, mask=rows < num_blocks)
 
 
 def num_blocks(n: int) -> int:
@@ -364,10 +366,18 @@ def reference_outer_update(
 def fingerprint_parts(outer: Tensor, momentum: Tensor) -> Tensor:
     """Returns the parts of the fingerprint of a state, one a block; their sum modulo 2^64 is the fingerprint."""
     n, blocks = outer.numel(), num_blocks(outer.numel())
-    bits = torch.int64 if outer.dtype == torch.float64 else torch.int32
-    odd = 2 * torch.arange(n, device=outer.device) + 1
-    mixed = outer.view(bits).long() * (odd * _MIX_OUTER) + momentum.view(bits).long() * (odd * _MIX_MOMENTUM)
-    return torch.nn.functional.pad(mixed, (0, blocks * BLOCK - n)).view(blocks, BLOCK).sum(dim=1)
+    # A float64 is two words of 32 bits.
+    words = outer.element_size() // 4
+    odd = 2 * torch.arange(words * BLOCK, dtype=torch.int32, device=outer.device) + 1
+    total = torch.zeros(blocks, dtype=torch.int64, device=outer.device)
+    for state, mix in ((outer, _MIX_OUTER), (momentum, _MIX_MOMENTUM)):
+        mixed, whole = odd * mix, n // BLOCK
+        bits = state.view(torch.int32)
+        total[:whole] += (bits[: whole * words * BLOCK].view(whole, words * BLOCK) * mixed).sum(dim=1, dtype=torch.int64)
+        if whole < blocks:
+            rest = bits[whole * words * BLOCK :]
+            total[whole] += (rest * mixed[: rest.numel()]).sum(dtype=torch.int64)
+    return total * ((2 * torch.arange(blocks, device=outer.device) + 1) * _MIX_BLOCK)
 
 
 def launch_outer_update(
@@ -380,6 +390,7 @@ def launch_outer_update(
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (outer, momentum, inner))
     if n:
         update_pass[(triton.cdiv(blocks, ROWS),)](
-            codes, scales, outer, momentum, inner, prints, n, blocks, lr, mu, keep, _MIX_OUTER, _MIX_MOMENTUM, format, BLOCK, ROWS,
+            codes, scales, outer, momentum, inner, prints, n, blocks, lr, mu, keep, _MIX_BLOCK,
+            _MIX_OUTER, _MIX_MOMENTUM, format, BLOCK, ROWS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

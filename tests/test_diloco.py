@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from toy_islands import Toy, config, equal, gradient, parameters, train
 
 from factory_train.data.leases import Deal
 from factory_train.diloco_schedule import Schedule, assign_fragments, names_by_fragment
+from factory_train.distributed.flight import Flight
+from factory_train.distributed.outer_state import Encoded
 
 
 def data_parallel(islands: int, steps: int, lr: float, dtype: torch.dtype, grid: float | None) -> dict[str, torch.Tensor]:
@@ -131,3 +134,19 @@ def test_every_sync_is_reported_with_its_bytes(tmp_path: Path) -> None:
     rows = toys[0].rows("sync")
     assert [(row["step"], row["fragment"]) for row in rows] == [(2, 0), (4, 1), (6, 0), (8, 1), (10, 0), (10, 1)]
     assert all(row["members"] == 2 and row["num_bytes"] > 0 for row in rows)
+
+
+def test_rounds_leave_no_garbage_behind(tmp_path: Path) -> None:
+    """Tensors of past rounds go at once, not with the next collection: training collects seldom."""
+    alive: list[int] = []
+
+    def look(toy: Toy, step: int) -> None:
+        if toy.name == "island-0" and step in (9, 29):
+            alive.append(sum(type(item) in (Encoded, Flight) for item in gc.get_objects()))
+
+    gc.disable()
+    try:
+        train(tmp_path, cfg=config(payload="int8"), steps=31, before_step=look)
+    finally:
+        gc.enable()
+    assert alive[1] <= alive[0]

@@ -200,9 +200,9 @@ def test_the_kernels_compile_for_sm90(format: str) -> None:
     reduce = {"codes": "*u8", "scales": "*fp32", "weights": "*fp32", "out_codes": "*u8", "out_scales": "*fp32"}
     reduce |= {"num_blocks": "i32", "code_stride": "i64"}
     update = dict.fromkeys(("scales", "outer", "momentum", "inner"), "*fp32") | {"codes": "*u8", "prints": "*i64"}
-    update |= {"n": "i32", "num_blocks": "i32", "lr": "fp32", "mu": "fp32", "keep": "fp32", "mix_outer": "i64", "mix_momentum": "i64"}
+    update |= {"n": "i32", "num_blocks": "i32", "lr": "fp32", "mu": "fp32", "keep": "fp32", "mix_block": "i64"}
     compile_for_sm90(
         (module, "encode_pass", encode, {"HAS_ERROR": True} | block, options),
         (module, "reduce_pass", reduce, {"MEMBERS": 3} | block, options),
-        (module, "update_pass", update, block, options),
+        (module, "update_pass", update, {"MIX_OUTER": pg._MIX_OUTER, "MIX_MOMENTUM": pg._MIX_MOMENTUM} | block, options),
     )

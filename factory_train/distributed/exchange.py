@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class Exchange:
         self.island, self._incarnation = island, incarnation
         self._gang, self._copies, self._board, self._membership = gang, copies, board, membership
         self._state, self._grace_s = state, grace_s
+        self._thread = ThreadPoolExecutor(1, "diloco-exchange")
         self._wire: GlooWire | None = None
         self._under_way: UnderWay | None = None
         self._last: tuple[int, Reduced] | None = None
@@ -238,6 +240,7 @@ class Exchange:
         if self._membership is not None:
             self._membership.close()
         self._end_flight()
+        self._thread.shutdown()
 
     # Epochs
 
@@ -313,7 +316,7 @@ class Exchange:
             self._prints[mine.fragment] = self._state.fingerprint(mine.fragment)
             return Notice(epoch, mine.number, mine.fragment, mine.flags, weight, self._fingerprint())
 
-        mine.flight = Flight(self._wire, notice, encoded, self._state.format, self._state.device)
+        mine.flight = Flight(self._wire, notice, encoded, self._state.format, self._state.device, self._thread)
 
     def _end_flight(self) -> None:
         if self._wire is not None:

@@ -1,10 +1,10 @@
-"""A round under way: a thread of its own talks to the other islands while training goes on."""
+"""A round under way: another thread talks to the other islands while training goes on."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import torch
@@ -23,38 +23,34 @@ class Flight:
         encoded: its pseudo-gradient.
         format: of the codes.
         device: where the reduction is computed.
+        thread: one thread for all rounds: what its allocator keeps is then used again.
     """
 
-    def __init__(self, wire: GlooWire, notice: Callable[[], Notice], encoded: Encoded, format: str, device: torch.device) -> None:
-        self._wire, self._notice, self._encoded, self._format, self._device = wire, notice, encoded, format, device
+    def __init__(
+        self, wire: GlooWire, notice: Callable[[], Notice], encoded: Encoded, format: str, device: torch.device, thread: Executor
+    ) -> None:
         self._reduced: Reduced | None = None
         self._failure: Exception | None = None
         # Seconds from departure to arrival, and that training waited.
         self.took_s = self.waited_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="diloco-exchange", daemon=True)
-        self._thread.start()
+        # The arguments are not kept: whoever made `notice` holds this flight, and garbage of that size must not wait for a collection.
+        self._future = thread.submit(self._run, wire, notice, encoded, format, device)
 
-    def _run(self) -> None:
+    def _run(self, wire: GlooWire, notice: Callable[[], Notice], encoded: Encoded, format: str, device: torch.device) -> None:
         began = time.monotonic()
         try:
-            self._encoded.wait()
+            encoded.wait()
             with torch.no_grad():
-                self._reduced = reduce_round(
-                    self._wire, self._notice(), self._encoded.codes, self._encoded.scales, self._format, self._device
-                )
+                self._reduced = reduce_round(wire, notice(), encoded.codes, encoded.scales, format, device)
         except Exception as error:
-            self._failure = error
+            # Its traceback would keep the tensors of all frames.
+            self._failure = error.with_traceback(None)
         self.took_s = time.monotonic() - began
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether `arrive` returns at once."""
-        return not self._thread.is_alive()
 
     def arrive(self) -> Reduced | Exception:
         """Returns the result, or what went wrong, waiting for it."""
         began = time.monotonic()
-        self._thread.join()
+        self._future.result()
         self.waited_s = time.monotonic() - began
         result = self._failure or self._reduced
         assert result is not None

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-# Wide enough that the best of each is no end of its range. Formats of AdamW take the rate of AdamW in the same precision.
+# Wide enough that the best of each is no end of its range. Formats of AdamW take the rate that is best for AdamW in float32.
 LRS = {"adamw": [5e-4, 1e-3, 2e-3, 4e-3], "muon": [4e-3, 8e-3, 1.6e-2]}
 _SPLIT = ["optim=adamw_fused", "optim.master=split", "precision=bf16"]
 OVERRIDES = {

@@ -370,7 +370,7 @@ def test_a_job_that_ended_as_it_was_stopped_is_no_error(tmp_path: Path, monkeypa
         scancel.write_text(f"#!/bin/sh\n{body}\n")
         scancel.chmod(0o755)
         if fails:
-            with pytest.raises(UnavailableError, match="no such luck|ended by a signal"):
+            with pytest.raises(UnavailableError, match=r"no such luck|ended by a signal"):
                 slurm_queue.signal_steps("7", "INT")
         else:
             slurm_queue.signal_steps("7", "INT")

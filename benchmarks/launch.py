@@ -27,7 +27,19 @@ from factory_train.launchers import ray_own, slurm_queue
 from factory_train.run_dir import RunDir
 
 _LIMIT_S = 180.0
-_SMALL = ("recipe=llama_fsdp", "train.steps=2", "train.validate_every=0", "train.log_every=1", "tracking=none", "launcher.tasks_per_node=2")
+# So small that what is measured is the start, not the step.
+_SMALL = (
+    *("recipe=llama_fsdp", "launcher.tasks_per_node=2", "tracking=none", "data.tokenizer=byte", "evaluation.sample_tokens=8"),
+    *("model.dim=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn_dim=64", "train.seq_len=32"),
+    *(
+        "train.global_batch_tokens=256",
+        "train.micro_batch_size=4",
+        "train.steps=2",
+        "train.validate_every=0",
+        "train.log_every=1",
+        "optim.warmup_steps=0",
+    ),
+)
 WAYS = {
     "local": ("launcher=local",),
     "slurm": ("launcher=slurm", "launcher.fabric=loopback"),
@@ -58,7 +70,8 @@ class Timeline:
 def measure(way: str, root: Path, number: int) -> Timeline:
     """Starts one run and returns its times."""
     name = f"{way.replace(', ', '-').replace(' ', '-')}-{number}"
-    command = [sys.executable, "-m", "factory_train", *_SMALL, *WAYS[way], f"run={name}", f"runs_root={root}"]
+    text = root.parent / "text.txt"
+    command = [sys.executable, "-m", "factory_train", *_SMALL, *WAYS[way], f"run={name}", f"runs_root={root}", f"data.path={text}"]
     began = time.time()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     returned = None
@@ -68,6 +81,7 @@ def measure(way: str, root: Path, number: int) -> Timeline:
         assert process.returncode == 0, complaint
     run, limit = RunDir(root / f"llama_fsdp-{name}"), time.monotonic() + _LIMIT_S
     while not (attempt := run.last_attempt() if run.path.exists() else None) or attempt.verdict() is None:
+        assert process.poll() in (None, 0), process.communicate()[1]
         assert time.monotonic() < limit, f"{way}: no verdict within {_LIMIT_S:g} s"
         time.sleep(0.1)
     process.wait()
@@ -106,6 +120,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FACTORY_TRAIN_RAY"] = f"{scratch}/ray"
         root = Path(scratch) / "runs"
+        Path(scratch, "text.txt").write_text(Path(subprocess.__file__).read_text())
         # Prepares the data and warms the page cache; not counted.
         measure("local", root, 0)
         try:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from factory_train.config import Config, flatten, schema_keys
+from factory_train.diloco_checks import check_diloco
 from factory_train.errors import ConfigError, did_you_mean
 from factory_train.registries import ALL as REGISTRIES
 from factory_train.schema import leaves
@@ -102,6 +103,7 @@ def check_config(config: Config) -> None:
     _check_checkpoint(config)
     _check_precision(config)
     _check_profile(config)
+    check_diloco(config)
 
 
 def check_choices(config: Config) -> None:

@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, get_args, get_type_hints
 
 import yaml
 
+from factory_train.diloco_config import DilocoConfig
 from factory_train.errors import ConfigError, did_you_mean
-
-
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), safe: bool = False) -> Any:
-    """Declares a key: its default, its help line, its allowed words, and whether a resumed run may change it."""
-    metadata = {"help": help, "choices": choices, "safe": safe}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from factory_train.setting import setting
 
 
 @dataclass
@@ -303,6 +295,7 @@ class Config:
     train: TrainConfig = setting(TrainConfig, "train")
     optim: OptimConfig = setting(OptimConfig, "optim")
     parallel: ParallelConfig = setting(ParallelConfig, "parallel")
+    diloco: DilocoConfig = setting(DilocoConfig, "diloco")
     precision: PrecisionConfig = setting(PrecisionConfig, "precision")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "checkpoint")
     launcher: LauncherConfig = setting(LauncherConfig, "launcher")

@@ -84,6 +84,8 @@ class ProgressView:
         elif kind == "checkpoint-failed":
             fix = f"; {event['fix']}" if event.get("fix") else ""
             self._print(f"{'warning':<10}  no checkpoint of step {event['step']}, training goes on: {event['message']}{fix}")
+        elif kind == "diloco-epoch":
+            self._print(f"{'islands':<10}  {event['message']}")
         elif kind == "init":
             self._print(f"{'init':<10}  {event['message']}")
         elif kind == "profile":

@@ -160,7 +160,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self._norm = torch.zeros(1, dtype=torch.float64, device=device)
         self._flag = torch.zeros(2, dtype=torch.int32, device=device)
         self._never = torch.zeros((), device=device)
-        self._partials = torch.zeros(MAX_PARTIALS if device.type == "cuda" else 1, dtype=torch.float64, device=device)
+        self._partials = torch.zeros(MAX_PARTIALS if device.type == "cuda" else 2, dtype=torch.float64, device=device)
 
     def _flatten_weights(self, dtype: torch.dtype) -> None:
         flat = torch.zeros(self._numel, dtype=dtype, device=self._device)

@@ -31,6 +31,7 @@ class Memory:
         params: weights held between steps: masters, or the upper halves of split ones.
         grads: reduced gradients, of the weights' type.
         optimizer: moments, remainders of split weights, and what the optimizer keeps to work with.
+        outer: outer parameters, their momentum, what codes left out, and a fragment gathered; 0 without islands.
         working_weights: copies for computing: FSDP's gathered units and their gradients, or autocast's casts.
         accumulated_grads: whole gradients that FSDP keeps between micro-batches it does not reduce.
         activations: what the layers keep for the backward pass.
@@ -44,6 +45,7 @@ class Memory:
     params: int
     grads: int
     optimizer: int
+    outer: int
     working_weights: int
     accumulated_grads: int
     activations: int
@@ -60,7 +62,7 @@ class Memory:
     @property
     def states(self) -> int:
         """What is there between steps too."""
-        return self.params + self.grads + self.optimizer
+        return self.params + self.grads + self.optimizer + self.outer
 
 
 def moments_numel(optim: OptimConfig, count: ParameterCount) -> int:
@@ -152,7 +154,14 @@ def estimate_memory(
             later = count.layer * (compute + reduce) + (0 if cfg.model.tie_embeddings else count.embedding * compute)
             logits = max(tokens * cfg.model.dim * compute, logits - later)
 
-    snapshot = checkpoint_bytes(cfg, count) // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0
+    outer = outer_checkpoint = 0
+    if cfg.diloco.islands:
+        narrow = cfg.diloco.error_feedback and cfg.diloco.payload not in ("none", "fp32")
+        outer = own * BYTES[cfg.precision.params] * (2 + narrow) + own * BYTES[cfg.precision.params] // cfg.diloco.fragments
+        # The island that saves for the run copies the outer state too.
+        outer_checkpoint = count.total * BYTES[cfg.precision.params] * (2 + narrow)
+    saved = checkpoint_bytes(cfg, count) + outer_checkpoint
+    snapshot = saved // world_size if device == "cpu" and cfg.checkpoint.mode == "async" else 0
     shards = dp_shard if sharded else 1
     moment = _MOMENT_BYTES[cfg.optim.state] if cfg.optim.state != "fp32" else BYTES[cfg.precision.params]
     optimizer = math.ceil(-(-moments_numel(cfg.optim, count) // shards) * moment) + (own * 2 if split else 0)
@@ -160,11 +169,12 @@ def estimate_memory(
         # One update of each matrix, in the type of the matmuls.
         optimizer += -(-count.layer_matrices // shards) * (2 if device == "cuda" and master == 4 else master)
 
-    allocated = own * 2 * master + optimizer + working + accumulated + activations + mask + logits
+    allocated = own * 2 * master + optimizer + outer + working + accumulated + activations + mask + logits
     return Memory(
         params=own * master,
         grads=own * master,
         optimizer=optimizer,
+        outer=outer,
         working_weights=working,
         accumulated_grads=accumulated,
         activations=activations,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from factory_train.run_dir import Attempt
@@ -23,6 +24,8 @@ class MetricsLog:
     def __init__(self, attempt: Attempt, *, enabled: bool) -> None:
         self._rows = JsonLinesFile(attempt.metrics_path) if enabled else None
         self._events = JsonLinesFile(attempt.events_path) if enabled else None
+        # Told of every row that is written, as (kind, step, figures).
+        self.mirror: Callable[[str, int, dict[str, Any]], None] | None = None
 
     def write(self, kind: str, step: int, **figures: Any) -> None:
         """Writes one row.
@@ -35,6 +38,8 @@ class MetricsLog:
         if self._rows is not None:
             row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in figures.items()}
             self._rows.append({"kind": kind, "step": step, "time": time.time(), **row})
+            if self.mirror is not None:
+                self.mirror(kind, step, figures)
 
     def record_event(self, kind: str, **facts: Any) -> None:
         """Writes one event, as `Attempt.record_event` does."""

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from factory_train.config import Config, ModelConfig, from_mapping
+from factory_train.diloco_plan import DilocoPlan, plan_diloco
 from factory_train.errors import PreflightError
 from factory_train.hardware import Hardware
-from factory_train.memory import Memory, checkpoint_bytes, estimate_memory
+from factory_train.memory import BYTES, Memory, checkpoint_bytes, estimate_memory
 from factory_train.model_size import ParameterCount, count_parameters, flops_per_token
 from factory_train.registries import ARCHITECTURES
 from factory_train.units import format_bytes, format_count
@@ -41,7 +42,7 @@ class Plan:
         dp_replicate, dp_shard: resolved mesh; their product is `dp_size`.
         dp_size: ranks that process different rows.
         micro_batch_size: rows a rank processes at once.
-        samples_per_step: rows of one optimizer step over all ranks.
+        samples_per_step: rows of one optimizer step over all ranks of one world: an island's, where there are islands.
         grad_accum_steps: micro-batches of a rank in one step.
         padded_rows_per_step: rows processed in one step, those of weight zero that fill up the last round included.
         tokens_per_step: target tokens of one step.
@@ -59,6 +60,7 @@ class Plan:
         like_llama: counts are those of a Llama of the same dimensions, for the architecture is a plugin's.
         fits: whether the estimate is within the device's memory; None when that is unknown.
         remedies: overrides that would make it fit, when it does not.
+        diloco: the exchange between islands, where there are any; world, batch and memory are those of one of them.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Plan:
     like_llama: bool
     fits: bool | None
     remedies: tuple[str, ...]
+    diloco: DilocoPlan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain values, for plan.json."""
@@ -117,6 +120,13 @@ class Plan:
             "memory": f"about {format_bytes(self.memory.total)} a rank{of_device} ({self._memory_parts()})",
             "checkpoint": format_bytes(self.checkpoint_bytes),
         }
+        if self.diloco is not None:
+            rows = {
+                "diloco": self.diloco.line(),
+                **rows,
+                "batch": f"on each island {rows['batch']}",
+                "parallel": f"on each island {rows['parallel']}",
+            }
         if self.like_llama:
             rows["note"] = "parameters, FLOPs, memory and checkpoint as of a Llama of these dimensions: the architecture is a plugin's"
         width = max(map(len, rows))
@@ -188,7 +198,8 @@ def _derive(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool)
     assert dp_replicate * dp_shard == world_size, "check_world comes first"
 
     train = cfg.train
-    samples = train.global_batch_tokens // train.seq_len
+    islands = max(1, cfg.diloco.islands)
+    samples = train.global_batch_tokens // train.seq_len // islands
     rows_per_round = world_size * train.micro_batch_size
     rounds = -(-samples // rows_per_round)
     tokens_per_step = samples * train.seq_len
@@ -219,10 +230,10 @@ def _derive(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool)
         padded_rows_per_step=rounds * rows_per_round,
         tokens_per_step=tokens_per_step,
         steps=train.steps,
-        total_tokens=train.steps * tokens_per_step,
+        total_tokens=train.steps * tokens_per_step * islands,
         params=count,
         flops_per_token=flops_per_token(cfg.model, vocab_size, train.seq_len),
-        tokens_per_param=train.steps * tokens_per_step / count.total,
+        tokens_per_param=train.steps * tokens_per_step * islands / count.total,
         checkpoint_bytes=checkpoint_bytes(cfg, count),
         memory=memory,
         hardware=hardware.name,
@@ -233,6 +244,7 @@ def _derive(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool)
         like_llama=like_llama,
         fits=None if available is None else memory.total <= available,
         remedies=(),
+        diloco=plan_diloco(cfg.diloco, count.total, BYTES[cfg.precision.params]),
     )
 
 

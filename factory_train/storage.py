@@ -55,6 +55,13 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
+def replace_json(path: Path, value: Any) -> None:
+    """Replaces `path` by `value` as JSON for readers, without waiting for the disk: after a power cut it may be the old one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
 def write_json_once(path: Path, value: Any) -> bool:
     """Writes `path` unless somebody already has; returns whether this call wrote it.
 

@@ -87,7 +87,9 @@ def shown_value(value: Any) -> str:
     """Returns a value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{shown_value(item)}" for name, item in value.items()) + "}"
+    return f"[{','.join(map(shown_value, value))}]" if isinstance(value, list) else str(value)
 
 
 def value_key(value: Any) -> Any:

@@ -16,7 +16,7 @@ from factory_train.checkpoint.load import load_newest
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.catalog import cache_root
-from factory_train.data.loader import Cursor, TokenLoader
+from factory_train.data.loader import Cursor, Position, TokenLoader
 from factory_train.data.manifest import DataManifest
 from factory_train.data.samples import training_samples
 from factory_train.diagnostics.steps import Diagnostics
@@ -78,7 +78,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.module, cfg.optim)
         self.loss = TrainingLoss(cfg.train, self.model, device)
         self.reduction = StepReduction(device, self.model.grad_copies)
-        self.samples = training_samples(cfg, cache_root(cfg, attempt.run.path.parent), dataset, plan.samples_per_step)
+        samples_per_step = plan.samples_per_step * max(1, cfg.diloco.islands)
+        self.samples = training_samples(cfg, cache_root(cfg, attempt.run.path.parent), dataset, samples_per_step)
         self.validation = Validation(self.model, cfg, attempt.run, device, dp_rank=env.rank, dp_size=self.dims.dp_size)
         self.throughput = Throughput(
             tokens_per_step=plan.tokens_per_step,
@@ -96,7 +97,7 @@ class Trainer:
         self.validated: tuple[int, dict[str, float]] = (-1, {})
         self.step = 0
         self.tokens_seen = 0
-        self.cursor = Cursor()
+        self.cursor: Position = Cursor()
         self.outcome: Outcome | None = None
         self._save_asked = False
         self._skipped_in_a_row = 0

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factory_train.kernels.addresses import BOOK, by_alignment
+from factory_train.kernels.addresses import BOOK
 from factory_train.kernels.block_codes import BLOCK, decode_root, decode_signed, encode_root, encode_signed, exact_sqrt, in_blocks
 from factory_train.kernels.launch_table import launch_parameters
 from factory_train.kernels.split_float import join_float32, split_float32
@@ -352,17 +352,17 @@ def reference_adamw_tensors(weights, remainders, grads, exp_avgs, exp_avg_sqs, s
 def launch_adamw_tensors(weights, remainders, grads, exp_avgs, exp_avg_sqs, scales, scales_sq, groups, control, flag) -> None:
     """Launches the Triton kernel, once more for tensors that do not allow loads of 16 bytes; arguments as of `adamw_tensors`."""
     assert all(tensor.is_contiguous() for tensors in (weights, grads, exp_avgs, exp_avg_sqs) for tensor in tensors)
-    parameters, sizes = _parameters(exp_avgs[0]), [weight.numel() for weight in weights]
-    addresses = BOOK.addresses(weights, grads, exp_avgs, exp_avg_sqs, scales or weights, scales_sq or weights, remainders or weights)
-    for aligned, chosen in by_alignment(weights, grads, exp_avgs, exp_avg_sqs, remainders or weights):
-        tiles = BOOK.tiles(sizes, chosen, parameters["ROWS"] * BLOCK, weights[0].device)
-        if tiles.count:
-            adamw_tensors_pass[(tiles.count,)](
-                addresses,
+    parameters = _parameters(exp_avgs[0])
+    lists = (weights, grads, exp_avgs, exp_avg_sqs, scales or weights, scales_sq or weights, remainders or weights)
+    table = BOOK.table(lists, (0, 1, 2, 3, 6), parameters["ROWS"] * BLOCK)
+    for part in table.parts:
+        if part.count:
+            adamw_tensors_pass[(part.count,)](
+                table.addresses,
                 len(weights),
-                tiles.tensor,
-                tiles.first,
-                tiles.numel,
+                part.tensor,
+                part.first,
+                table.sizes,
                 groups,
                 control,
                 flag,
@@ -370,6 +370,6 @@ def launch_adamw_tensors(weights, remainders, grads, exp_avgs, exp_avg_sqs, scal
                 CODES=bool(scales),
                 NARROW_STATE=exp_avgs[0].dtype == torch.bfloat16,
                 NARROW_GRAD=grads[0].dtype == torch.bfloat16,
-                ALIGNED=aligned,
+                ALIGNED=part.aligned,
                 **parameters,
             )

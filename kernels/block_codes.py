@@ -72,7 +72,7 @@ def encode_signed(values: Tensor) -> tuple[Tensor, Tensor]:
     """Returns int8 codes (rows, 256) and float32 scales (rows,) of first moments (rows, 256)."""
     scale = values.abs().amax(dim=1)
     size = (exact_sqrt(values.abs() * _inverse(scale)) * 127.0 + 0.5).floor_().clamp_(max=127.0)
-    return torch.where(values < 0, -size, size).to(torch.int8), scale
+    return torch.copysign(size, values).to(torch.int8), scale
 
 
 def decode_root(codes: Tensor, scale: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def encode_root(roots: Tensor) -> tuple[Tensor, Tensor]:
     """Returns uint8 codes (rows, 256) and float32 scales (rows,) of second moments whose square roots are given."""
     scale = roots.amax(dim=1)
     codes = (exact_sqrt(roots * _inverse(scale)) * 255.0 + 0.5).floor_()
-    return torch.maximum(codes, (roots > 0).float()).clamp_(max=255.0).to(torch.uint8), scale
+    return codes.masked_fill_((codes < 1) & (roots > 0), 1.0).clamp_(max=255.0).to(torch.uint8), scale
 
 
 def exact_sqrt(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from factory_train.kernels.addresses import BOOK, by_alignment
+from factory_train.kernels.addresses import BOOK
 from factory_train.kernels.launch_table import launch_parameters
 
 # Columns of `hyper`, float64, one row a group of parameters. MAX_NORM 0 turns clipping off.
@@ -120,7 +120,7 @@ def gradient_squares(partials: Tensor, grads: Sequence[Tensor]) -> None:
     Squares are taken in float32: an element beyond 1.8e19 makes the sum infinite, and the step is skipped.
 
     Args:
-        partials: float64, written; of as many numbers as programs are to share the work, `MAX_PARTIALS` at most.
+        partials: float64, written; of as many numbers as programs are to share the work, two at least, `MAX_PARTIALS` at most.
         grads: float32 or bfloat16, all of one type, contiguous, at any address; one that is empty counts for nothing.
     """
     if HAS_TRITON and partials.is_cuda:
@@ -138,7 +138,8 @@ def reference_squares(partials: Tensor, grads: Sequence[Tensor]) -> None:
     """The same in plain torch."""
     partials.zero_()
     for grad in grads:
-        partials[0] += torch.sum(grad.float().square(), dtype=torch.float64)
+        if grad.numel():
+            partials[0] += torch.linalg.vector_norm(grad.float()).square()
 
 
 def launch_squares(partials: Tensor, grads: Sequence[Tensor]) -> None:
@@ -148,6 +149,7 @@ def launch_squares(partials: Tensor, grads: Sequence[Tensor]) -> None:
         partials.zero_()
         return
     assert all(grad.is_contiguous() and grad.dtype == grads[0].dtype for grad in grads)
+    assert partials.numel() >= 2
     device, programs = partials.device, partials.numel()
     parameters = launch_parameters("squares", str(grads[0].dtype).removeprefix("torch."), device)
     block = parameters["BLOCK"]
@@ -155,24 +157,22 @@ def launch_squares(partials: Tensor, grads: Sequence[Tensor]) -> None:
         n = grads[0].numel()
         squares_of_buffer[(programs,)](grads[0], partials, n, triton.cdiv(n, block * programs), **parameters)
         return
-    sizes, addresses = [grad.numel() for grad in grads], BOOK.addresses(grads)
-    parts = by_alignment(grads) if programs > 1 else [(False, list(range(len(grads))))]
-    # Programs go to the parts by their bytes, one at least.
-    first, weights = 0, [sum(sizes[index] for index in chosen) for _, chosen in parts]
-    for place, (aligned, chosen) in enumerate(parts):
-        last = place == len(parts) - 1
-        count = programs - first if last else min(max(1, programs * weights[place] // sum(weights)), programs - 1)
-        tiles = BOOK.tiles(sizes, chosen, block, device)
+    table = BOOK.table([grads], (0,), block)
+    # Programs go to the parts by their elements, one at least.
+    first, numel = 0, sum(part.numel for part in table.parts)
+    for part in table.parts:
+        last = part is table.parts[-1]
+        count = programs - first if last else min(max(1, programs * part.numel // numel), programs - 1)
         squares_of_tensors[(count,)](
-            addresses,
-            tiles.tensor,
-            tiles.first,
-            tiles.numel,
+            table.addresses,
+            part.tensor,
+            part.first,
+            table.sizes,
             partials[first : first + count],
-            tiles.count,
-            triton.cdiv(tiles.count, count),
+            part.count,
+            triton.cdiv(part.count, count),
             NARROW=grads[0].dtype == torch.bfloat16,
-            ALIGNED=aligned,
+            ALIGNED=part.aligned,
             **parameters,
         )
         first += count

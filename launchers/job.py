@@ -14,6 +14,9 @@ from factory_train.run_dir import Attempt, RunDir
 # The stages of a job. `prepare` and `finish` are one process each, `train` is one process a rank.
 STAGES = ("prepare", "train", "finish")
 
+# The world of ranks of an ordinary job; other names are islands.
+MAIN_GANG = "main"
+
 _PREFIX = "FACTORY_TRAIN_"
 
 
@@ -34,7 +37,7 @@ class WorkerEnv:
 
     run_dir: str
     attempt: int
-    gang: str = "main"
+    gang: str = MAIN_GANG
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1

@@ -9,15 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from factory_train import storage
 from factory_train.errors import ConfigError, ExitCode, PreflightError, UnavailableError
+from factory_train.gangs import island_run
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import END_SIGNAL
-from factory_train.launchers.job import STAGES, JobSpec
+from factory_train.launchers.job import MAIN_GANG, STAGES, JobSpec
 from factory_train.run_dir import Attempt, RunDir, process_started_at
 
 _POLL_S = 0.05
@@ -61,12 +63,20 @@ class LocalHandle:
         return None
 
     def logs(self) -> list[Path]:
-        names = ["prepare", *(f"rank-{rank:05d}" for gang in self.job["gangs"] for rank in range(gang["tasks_per_node"])), "finish", "sync"]
-        paths = [self.attempt.log_path(name) for name in names] + [self.attempt.launch / "supervisor.log"]
+        paths = [self.attempt.log_path("prepare"), *self._rank_logs(), *map(self.attempt.log_path, ("finish", "sync"))]
+        paths.append(self.attempt.launch / "supervisor.log")
         error = self.attempt.error() or {}
         # The log of what failed comes first; sort() keeps the order of the rest.
         paths.sort(key=lambda path: str(path.relative_to(self.attempt.run.path)) != error.get("log"))
         return [path for path in paths if path.is_file()]
+
+    def _rank_logs(self) -> Iterator[Path]:
+        for gang in self.job["gangs"]:
+            # Islands have attempts of their own.
+            home = island_run(self.attempt.run, gang["name"]).last_attempt() if self.job.get("islands") else self.attempt
+            for rank in range(gang["tasks_per_node"] if home else 0):
+                assert home is not None
+                yield home.log_path(f"rank-{rank:05d}")
 
     def signal(self, signum: int) -> None:
         """Sends a signal to the supervisor: SIGINT and SIGTERM mean save and stop, a second one means end at once.
@@ -168,18 +178,19 @@ class LocalLauncher:
         return LocalHandle(handle)
 
     def describe(self, job: JobSpec) -> str:
-        (gang,) = job.gangs
+        gang = job.gangs[0]
         lines = [f"local: on this machine ({socket.gethostname()}), below {job.attempt.path}"]
         for stage in job.stages:
             size = gang.world_size if stage == "train" else 1
-            lines.append(f"  {stage:8} {size} process{'es' if size > 1 else ''}: python -m {self.worker_module} {stage}")
+            each = f" on each of {len(job.gangs)} islands" if stage == "train" and gang.name != MAIN_GANG else ""
+            lines.append(f"  {stage:8} {size} process{'es' if size > 1 else ''}{each}: python -m {self.worker_module} {stage}")
         if job.tracker:
             lines.append(f"  beside   1 process: python -m {self.tracker_module} {job.attempt.run.path} --follow")
         return "\n".join(lines)
 
     def _check(self, job: JobSpec) -> None:
-        if len(job.gangs) != 1 or job.gangs[0].nodes != 1:
-            raise ConfigError("the local launcher runs one gang on one machine", where="launcher.nodes", fix="launcher.nodes=1")
+        if any(gang.nodes != 1 for gang in job.gangs):
+            raise ConfigError("the local launcher runs on one machine", where="launcher.nodes", fix="launcher.nodes=1")
         if job.depends_on:
             raise ConfigError("the local launcher runs one job at a time, without dependencies", where="launcher.name")
         assert set(job.stages) <= set(STAGES), job.stages
@@ -197,6 +208,7 @@ class LocalLauncher:
             "command": command,
             "detached": detached,
             "gangs": [asdict(gang) for gang in job.gangs],
+            "islands": job.gangs[0].name != MAIN_GANG,
             "stages": list(job.stages),
             "environ": dict(job.environ),
             "grace_s": job.grace_s,

@@ -25,7 +25,7 @@ from factory_train.launchers import ray_api, ray_own, ray_room
 from factory_train.launchers.job import STAGES, Gang, JobSpec
 from factory_train.launchers.ray_api import RayApi
 from factory_train.launchers.ray_room import Wanted
-from factory_train.run_dir import Attempt, RunDir
+from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
 
 _POLL_S = 1.0
 _FRESH_S = 1.0
@@ -103,6 +103,14 @@ class RayHandle:
     def _look(self) -> RayJob | None:
         known = self._connected().job(self.job["job_id"])
         newest = self.attempt.run.last_attempt() or self.attempt
+        beat = newest.last_heartbeat()
+        if known is None and newest.verdict() is None and beat is not None and time.time() - beat < HEARTBEAT_STALE_S:
+            # A tunnel may lead to another cluster than it did; that one must not speak for the job.
+            raise UnavailableError(
+                "the Ray cluster that answers does not know the job, whose processes live",
+                where=self.job["address"],
+                fix="this address leads to another cluster than when the job was submitted",
+            )
         if known is None or known["status"] in ray_api.ENDED:
             self._explain(newest, known)
             return None
@@ -277,7 +285,7 @@ class RayLauncher:
     def _spec(self, job: JobSpec) -> dict[str, Any]:
         """Returns what the job needs to know, and later attempts of it."""
         if len(job.gangs) != 1:
-            raise ConfigError("a Ray job runs one gang", where="launcher.name")
+            raise ConfigError("a Ray job runs one gang, and this recipe has islands", where="launcher.name", fix="launcher=local")
         if job.depends_on:
             raise ConfigError("jobs of a Ray cluster wait for no other", where="launcher.name")
         assert set(job.stages) <= set(STAGES), job.stages

@@ -22,6 +22,7 @@ from factory_train.launchers.attempt_runner import End
 from factory_train.launchers.child import Child, end_all, signal_name
 from factory_train.launchers.environment import child_environ
 from factory_train.launchers.inbox import Inbox
+from factory_train.launchers.islands import Islands
 from factory_train.launchers.job import WorkerEnv
 from factory_train.launchers.pulse import Pulse
 from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt, RunDir
@@ -76,8 +77,16 @@ class Supervisor:
                 return end
         return None
 
+    def _run_islands(self) -> End | None:
+        if self._job["tracker"]:
+            self._start_tracker()
+        outcome, code, reason = Islands(self._attempt, self._job, self._inbox, self._pulse, self._note).run()
+        return None if outcome == "done" else End(outcome, code, reason)
+
     def _run_stage(self, stage: str) -> End | None:
         """Runs one stage to its end; returns None if the next one may follow."""
+        if stage == "train" and self._job.get("islands"):
+            return self._run_islands()
         self._children = ranks = self._start(stage)
         grace_s, peer_grace_s = self._job["grace_s"], self._job["peer_grace_s"]
         # When the ranks that are still running will be ended, and what will be said then.
@@ -141,7 +150,7 @@ class Supervisor:
         return None
 
     def _start(self, stage: str) -> list[Child]:
-        (gang,) = self._job["gangs"]
+        gang = self._job["gangs"][0]
         size = gang["tasks_per_node"] if stage == "train" else 1
         names = [f"rank-{rank:05d}" for rank in range(size)] if stage == "train" else [stage]
         if stage == "train" and self._job["tracker"]:

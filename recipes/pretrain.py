@@ -49,6 +49,7 @@ def train(cfg: Config, attempt: Attempt, env: WorkerEnv, stop: StopSignal) -> Ex
     from factory_train.distributed.runtime import configure_runtime
     from factory_train.errors import DataError
     from factory_train.hardware import detect
+    from factory_train.island_trainer import IslandTrainer
     from factory_train.plan import make_plan
     from factory_train.trainer import Outcome, Trainer
 
@@ -65,7 +66,7 @@ def train(cfg: Config, attempt: Attempt, env: WorkerEnv, stop: StopSignal) -> Ex
         process_group(env, attempt.path / "rendezvous.json", device, allow_loopback=cfg.launcher.fabric == "loopback"),
         explaining_out_of_memory(cfg, plan, attempt, env.rank, device, stop.place),
     ):
-        trainer = Trainer(cfg, plan, attempt, env, device, stop, dataset)
+        trainer = (IslandTrainer if cfg.diloco.islands else Trainer)(cfg, plan, attempt, env, device, stop, dataset)
         outcome = trainer.train()
     if outcome is Outcome.DONE:
         return ExitCode.OK

@@ -53,7 +53,14 @@ class Cluster:
         }
         from ray.cluster_utils import Cluster as RayCluster
 
-        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
+        # Every port any: another cluster may be on this machine.
+        head = {
+            "num_cpus": 0,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": 0,
+            "dashboard_agent_listen_port": 0,
+        }
         self.ray = RayCluster(initialize_head=True, head_node_args=head | {"object_store_memory": _STORE_BYTES})
         self.address = f"http://{self.ray.head_node.webui_url}"
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address

@@ -80,7 +80,7 @@ def test_help_names_every_verb_group_and_key(capsys: pytest.CaptureFixture[str])
     for words in ([], ["--help"], ["-h"]):
         assert cli.main(words) == ExitCode.OK
         text = capsys.readouterr().out
-        assert all(word in text for word in (*VERBS, "llama_ddp llama_fsdp", "--multirun", "--dry-run"))
+        assert all(word in text for word in (*VERBS, "llama_ddp llama_diloco llama_fsdp", "--multirun", "--dry-run"))
         assert all(f"{key.name}=" in text for key in schema_keys())
 
 
@@ -110,7 +110,7 @@ def test_dry_run_shows_the_plan_writes_nothing_and_imports_nothing_heavy(folder:
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["recipe=lama_fsdp"], 2, "Did you mean llama_fsdp? available: llama_ddp llama_fsdp"),
+        (["recipe=lama_fsdp"], 2, "Did you mean llama_fsdp? available: llama_ddp llama_diloco llama_fsdp"),
         (["train.steps=3"], 2, "no recipe given"),
         ([RECIPE, "train.stepz=3"], 2, "did you mean train.steps=3?"),
         ([RECIPE, "train.steps=many"], 2, "'many' is not a whole number"),

@@ -53,7 +53,11 @@ def test_a_value_gets_the_type_of_its_key(word: str, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("word", "what", "fix"),
     [
-        ("recipe=lama_fsdp", "recipe 'lama_fsdp' not found. Did you mean llama_fsdp? available: llama_ddp llama_fsdp", "recipe=llama_fsdp"),
+        (
+            "recipe=lama_fsdp",
+            "recipe 'lama_fsdp' not found. Did you mean llama_fsdp? available: llama_ddp llama_diloco llama_fsdp",
+            "recipe=llama_fsdp",
+        ),
         ("model=llama_tiney", "Did you mean llama_tiny?", "model=llama_tiny"),
         ("train.stepz=3", "unknown key 'train.stepz'", "did you mean train.steps=3?"),
         ("lr=1e-3", "unknown key 'lr'", "did you mean optim.lr=1e-3?"),
@@ -89,7 +93,7 @@ def test_a_mistake_is_named_with_what_would_be_right(word: str, what: str, fix: 
 
 
 def test_without_a_recipe_the_recipes_are_listed() -> None:
-    with pytest.raises(ConfigError, match="available: llama_ddp llama_fsdp"):
+    with pytest.raises(ConfigError, match="available: llama_ddp llama_diloco llama_fsdp"):
         compose(["train.steps=3"])
 
 

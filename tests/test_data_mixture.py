@@ -254,6 +254,14 @@ def test_mappings_are_written_item_by_item_or_whole(sets: Path) -> None:
     assert phases == [{"until_step": 5.0, "a": 1.0}, {"a": 2.0}]
 
 
+def test_weights_can_be_swept(sets: Path, tmp_path: Path) -> None:
+    words = ("recipe=llama_ddp", f"data.sets.a={sets}/a", f"data.sets.b={sets}/b", "data.weights.a=1", "data.weights.b=1,3", *command.SMALL)
+    done = command.run(*words, "-m", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "data.weights.b=1" in done.stdout
+    assert "data.weights.b=3" in done.stdout
+
+
 @pytest.mark.parametrize("packing", ["concatenate", "document"])
 def test_a_run_on_a_mixture_resumes_at_another_world_size_with_the_same_samples(sets: Path, tmp_path: Path, packing: str) -> None:
     phases = "data.phases=[{until_step:5,a:3,b:1},{a:1,b:1,c:6}]"

@@ -23,6 +23,7 @@ from factory_train import storage, switches
 from factory_train.config import ElasticConfig, LauncherConfig
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
 from factory_train.launchers import ray_api, ray_entry, ray_jobs, ray_own, ray_room
+from factory_train.launchers.by_name import is_alive
 from factory_train.launchers.job import WorkerEnv
 from factory_train.launchers.ray_agent import NodeAgent
 from factory_train.launchers.ray_api import RayApi
@@ -57,6 +58,8 @@ class Dashboard(BaseHTTPRequestHandler):
                 {"node_name": "b", "state": "DEAD", "resources_total": {"CPU": 8.0, "GPU": 4.0}},
             ]
             return self._answer(200, {"data": {"result": {"result": rows}}})
+        if self.path == "/api/jobs/":
+            return self._answer(200, list(self.jobs.values()))
         job = self.jobs.get(self.path.rpartition("/")[2])
         return self._answer(200, job) if job else self._answer(404, "Job does not exist")
 
@@ -138,6 +141,31 @@ def test_what_stands_in_the_way_of_submitting_has_its_exit_code_and_a_fix(
     assert "fix: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs" / "llama_fsdp-refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("setup", "code", "words"),
+    [
+        ("open", 0, "takes jobs from anybody"),
+        ("with token", 0, "ray token is wanted, and the one here is accepted"),
+        ("other version", 3, "the cluster runs Ray 1.0.0"),
+        ("nothing there", 3, "no Ray dashboard answers"),
+    ],
+)
+def test_doctor_tells_about_the_cluster(dashboard: str, tmp_path: Path, setup: str, code: int, words: str) -> None:
+    from importlib import metadata
+
+    Dashboard.version = "1.0.0" if setup == "other version" else metadata.version("ray")
+    Dashboard.token = TOKEN if setup == "with token" else None
+    token_file(tmp_path / "token")
+    Dashboard.jobs = {"j": {"status": "RUNNING"}}
+    address = "http://127.0.0.1:9" if setup == "nothing there" else dashboard
+    done = command.run("doctor", f"launcher.address={address}", cwd=tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert words in " ".join(done.stdout.split())
+    if setup != "nothing there":
+        assert "1 of 1 jobs running or waiting" in done.stdout
+        assert "1 with 8 CPU and 4 GPU" in done.stdout
 
 
 def test_a_dry_run_prints_the_job_where_there_is_no_ray(tmp_path: Path) -> None:
@@ -285,6 +313,15 @@ def test_a_job_that_ended_without_a_word_is_explained_by_whoever_looks(
     assert verdict is not None
     assert verdict.outcome == outcome
     assert words in verdict.reason
+
+
+def test_another_cluster_at_the_address_does_not_speak_for_a_job_that_lives(dashboard: str, tmp_path: Path) -> None:
+    attempt = begun(tmp_path, dashboard)
+    (attempt.path / "heartbeat" / "launcher").touch()
+    with pytest.raises(UnavailableError, match="does not know the job, whose processes live"):
+        handle_of(attempt).status()
+    assert attempt.verdict() is None
+    assert is_alive(attempt.run)
 
 
 def test_a_dashboard_that_is_away_for_a_moment_has_not_lost_the_job(

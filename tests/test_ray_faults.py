@@ -222,8 +222,6 @@ with Cluster(folder) as cluster:
     cluster.ray.remove_node(cluster.ray.head_node, allow_graceful=False)
     nothing_is_left(run)
 with Cluster(folder) as cluster:
-    from factory_train.runs_index import find_run
-    import os, time
     words = ("resume", run.name, "wait=true", f"launcher.address={{cluster.address}}")
     done = command.run(*words, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -81,7 +81,7 @@ def test_the_curve_is_that_of_one_machine_and_nothing_is_left(cluster: Cluster, 
 
 
 def test_after_a_failure_nothing_is_left(cluster: Cluster, folder: Path) -> None:
-    job = sbatch(cluster, folder, STEPS, "launcher.tasks_per_node=64")
+    job = sbatch(cluster, folder, STEPS, "launcher.tasks_per_node=3")
     assert over(cluster, folder, job) == "FAILED"
     assert "are needed, and the cluster has" in (folder / f"{job}.log").read_text()
     nothing_is_left(folder, job)

@@ -10,6 +10,7 @@ from factory_train import flight_recorder
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.run_words import add_words, the_run
 from factory_train.errors import NotFoundError
+from factory_train.gangs import has_islands, island_run
 from factory_train.launchers.by_name import is_alive, scheduled
 from factory_train.run_dir import Attempt, RunDir
 from factory_train.tail import Follower
@@ -27,12 +28,15 @@ def main(argv: list[str]) -> int:
     add_words(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends, through restarts")
     parser.add_argument("--rank", type=int, default=0, help="which rank (0)")
+    parser.add_argument("--island", type=int, default=0, help="of which island, where the run has several (0)")
     parser.add_argument("--stage", choices=("prepare", "train", "finish", "sync"), default="train", help="which stage (train)")
     parser.add_argument("--collectives", action="store_true", help="which rank entered which collective last (PyTorch's flight recorder)")
     parser.add_argument("--attempt", type=int, help="which attempt (the newest)")
     arguments = parser.parse(argv)
     run, _ = the_run("logs", arguments.words)
     log = f"rank-{arguments.rank:05d}" if arguments.stage == "train" else arguments.stage
+    if arguments.stage == "train" and has_islands(run):
+        run = _island(run, arguments.island)
     attempt = _attempt(run, arguments.attempt)
     if arguments.collectives:
         return _collectives(attempt)
@@ -40,6 +44,14 @@ def main(argv: list[str]) -> int:
         return _follow(run, attempt, log) if arguments.follow else _print(attempt, log)
     except KeyboardInterrupt:
         return 0
+
+
+def _island(run: RunDir, index: int) -> RunDir:
+    home = island_run(run, f"island-{index}")
+    if not home.path.is_dir():
+        there = ", ".join(sorted(entry.name for entry in home.path.parent.iterdir()))
+        raise NotFoundError(f"no island {index}", where=run.name, fix=f"there is: {there}")
+    return home
 
 
 def _attempt(run: RunDir, number: int | None) -> Attempt:

@@ -17,7 +17,9 @@ from factory_train.checkpoint.catalog import list_checkpoints
 from factory_train.commands.arguments import ArgumentParser
 from factory_train.commands.run_words import add_words, split_words
 from factory_train.console import DATA_WAIT_STEPS, DataWait, failure_lines
+from factory_train.distributed.board import LEFT, FolderBoard
 from factory_train.errors import ConfigError, FactoryTrainError
+from factory_train.gangs import exchange_folder, has_islands
 from factory_train.launchers.by_name import is_alive, scheduled
 from factory_train.launchers.ray_jobs import RayJob
 from factory_train.launchers.slurm_queue import QueuedJob
@@ -43,6 +45,7 @@ class RunStatus:
         data_wait: part of the step time that waiting for data takes, where it is worth a mention.
         heartbeat_age_s: seconds since any of its processes was last known to live.
         failure: the first failure, a line each for what, who, fix and log.
+        islands: which there are, where each is, and what last changed among them.
     """
 
     name: str
@@ -62,6 +65,7 @@ class RunStatus:
     reason: str | None = None
     failure: tuple[str, ...] = ()
     job: str | None = None
+    islands: str | None = None
 
 
 def run_status(run: RunDir) -> RunStatus:
@@ -94,6 +98,7 @@ def run_status(run: RunDir) -> RunStatus:
         reason=reason,
         failure=tuple(failure_lines(attempt)) if failed else (),
         job=job_text,
+        islands=_islands(run),
     )
 
 
@@ -124,6 +129,17 @@ def _newest_rows(run: RunDir) -> dict[str, dict[str, Any]]:
         if start := tail.first_row(attempt.metrics_path):
             resumed_at = min(resumed_at, start["step"])
     return newest
+
+
+def _islands(run: RunDir) -> str | None:
+    if not has_islands(run):
+        return None
+    board = FolderBoard.reading(exchange_folder(run))
+    epoch, texts = board.epoch(), []
+    for name, beat in board.beats().items():
+        is_member = epoch is not None and epoch.has(name, beat.incarnation) and beat.state != LEFT
+        texts.append(f"{name} at step {beat.step}" if is_member else f"{name} {beat.state} at step {beat.step}")
+    return ", ".join(texts) + (f"; epoch {epoch.number}: {epoch.why}" if epoch else "")
 
 
 def _data_wait(attempt: Attempt) -> float | None:
@@ -234,6 +250,7 @@ def _details(status: RunStatus) -> list[str]:
         ("state", f"{status.state}, attempt {status.attempt}" + (f": {status.reason}" if status.reason else "")),
         ("job", status.job),
         ("step", f"{status.step} of {status.steps}"),
+        ("islands", status.islands),
         ("loss", f"{_figure(status.loss)} training, {_figure(status.validation_loss)} validation"),
         ("speed", f"{format_count(status.tokens_per_s)} tokens/s{waits}" if status.tokens_per_s else None),
         ("checkpoint", f"{status.checkpoint}, {format_duration(status.checkpoint_age_s or 0)} ago" if status.checkpoint else "none yet"),

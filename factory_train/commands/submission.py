@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,26 +11,24 @@ from pathlib import Path
 from factory_train import checks, storage, switches
 from factory_train.checkpoint import origin
 from factory_train.commands.launcher_choice import with_launcher
+from factory_train.commands.machine_check import check_devices, check_disk
 from factory_train.config import Config, LauncherConfig, unsafe_changes
 from factory_train.data.catalog import cache_root, known_manifest
 from factory_train.data.manifest import check_length
 from factory_train.data.mixture import check_set_lengths
 from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
-from factory_train.hardware import Hardware, detect, visible_cards
+from factory_train.gangs import island_names
+from factory_train.hardware import Hardware, detect
 from factory_train.launchers import ray_jobs, slurm_array
 from factory_train.launchers.by_name import is_alive, launcher_named
-from factory_train.launchers.job import Gang, JobHandle, JobSpec
+from factory_train.launchers.job import MAIN_GANG, Gang, JobHandle, JobSpec
 from factory_train.launchers.slurm import SlurmLauncher
 from factory_train.plan import Plan, check_fits, make_plan, resolve_tasks_per_node
 from factory_train.run_dir import Attempt, RunDir
 from factory_train.runs_index import remember_root, runs_root
 from factory_train.snapshot import copy_code, copy_code_to, share_code, write_snapshot
-from factory_train.units import format_bytes
 
-# Room for logs, metrics, the tokens of a small corpus and the tracking database.
-_SLACK_BYTES = 64 * 2**20
-_EXPORT_BYTES = {"float32": 4, "bfloat16": 2}
 # A char tokenizer knows its size only when it has seen the text; few texts use more characters.
 _CHAR_VOCABULARY = 1024
 
@@ -70,10 +67,11 @@ class Request:
         # Compute nodes never open a database file: a local one is fed by `sync`, where the person is.
         here = config.launcher.name == "local" or (config.launcher.name == "ray" and config.launcher.address == ray_jobs.OWN)
         tracker = config.tracking.backend != "none" and (here or "://" in (config.tracking.uri or "sqlite"))
+        names = island_names(config.diloco.islands) or (MAIN_GANG,)
         data = [Path(config.data.path)] if config.data.path else []
         return JobSpec(
             attempt=attempt,
-            gangs=(Gang("main", config.launcher.nodes, self.plan.tasks_per_node),),
+            gangs=tuple(Gang(name, config.launcher.nodes, self.plan.tasks_per_node) for name in names),
             environ=self.environ,
             grace_s=config.launcher.grace_s,
             tracker=tracker,
@@ -114,6 +112,8 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
     config = _with_origin(config, root, run)
     config, reason = with_launcher(config)
     hardware = _hardware(config)
+    if config.diloco.islands:
+        config = _for_islands(config, cache_root(config, root))
     checks.check_world(config, config.launcher.nodes * resolve_tasks_per_node(config, hardware))
     if config.launcher.elastic.min_nodes is not None:
         checks.check_world(config, config.launcher.elastic.min_nodes * resolve_tasks_per_node(config, hardware))
@@ -122,9 +122,25 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
         check_continues(run, config, force=force)
     check_fits(plan)
     if not dry_run and config.launcher.name == "local":
-        _check_devices(plan)
-    _check_disk(config, plan, run.path if run else root, is_new=run is None, dry_run=dry_run)
+        check_devices(plan)
+    check_disk(config, plan, run.path if run else root, is_new=run is None, dry_run=dry_run)
     return Request(config, root, plan, run, reason, tuple(argv), force)
+
+
+def _for_islands(config: Config, cache: Path) -> Config:
+    """Returns the configuration with what islands cannot find out by themselves.
+
+    Raises:
+        ConfigError: this launcher starts no islands.
+    """
+    if config.launcher.name != "local":
+        raise ConfigError(
+            f"the {config.launcher.name} launcher starts one world of ranks, not {config.diloco.islands} islands",
+            where="diloco.islands",
+            fix="launcher=local for islands on this machine, or diloco=none",
+        )
+    # An island's directory lies deeper, and the default is relative to the run's.
+    return replace(config, data=replace(config.data, cache_dir=str(cache.absolute())))
 
 
 def _with_origin(config: Config, root: Path, run: RunDir | None) -> Config:
@@ -334,45 +350,6 @@ def _plan(config: Config, hardware: Hardware, cache: Path) -> Plan:
     rows = config.model.vocab_size or (manifest.vocab_size if manifest else at_most)
     exact = config.model.vocab_size is not None or manifest is not None or config.data.tokenizer == "byte"
     return make_plan(config, rows, hardware, vocab_exact=exact)
-
-
-def _check_devices(plan: Plan) -> None:
-    """A plan may be made for another machine; ranks can be started only where their cards are."""
-    have = len(visible_cards()) if plan.device == "cuda" else plan.tasks_per_node
-    if have < plan.tasks_per_node:
-        raise PreflightError(
-            f"{plan.tasks_per_node} CUDA devices are needed, one a rank, and this machine has {have}",
-            where="hardware",
-            fix=f"launcher.tasks_per_node={have}" if have else "hardware=cpu, or --dry-run to plan for another machine",
-        )
-
-
-def _check_disk(config: Config, plan: Plan, folder: Path, *, is_new: bool, dry_run: bool) -> None:
-    elsewhere = "runs_root=FOLDER on another disk"
-    if not (_looks_writable(folder) if dry_run else storage.is_writable(folder)):
-        raise PreflightError(
-            "the folder of the runs cannot be written: no permission, or a read-only filesystem",
-            where=str(folder),
-            fix="runs_root=FOLDER where you may write",
-        )
-    # While a checkpoint is written, those that will be kept are still all there.
-    have = 0 if is_new else min(config.checkpoint.keep_last, len(list((folder / "checkpoints").glob("step-*"))))
-    export_bytes = plan.params.total * _EXPORT_BYTES[config.evaluation.export_dtype]
-    need = plan.checkpoint_bytes * (config.checkpoint.keep_last + 1 - have) + export_bytes + _SLACK_BYTES
-    free = storage.free_bytes(folder)
-    if free < need:
-        raise PreflightError(
-            f"the disk is too full: {format_bytes(free)} free, about {format_bytes(need)} needed for "
-            f"{config.checkpoint.keep_last + 1 - have} checkpoints of {format_bytes(plan.checkpoint_bytes)}, the export and logs",
-            where=str(folder),
-            fix=f"{elsewhere}, or checkpoint.keep_last=1" if config.checkpoint.keep_last > 1 else elsewhere,
-        )
-
-
-def _looks_writable(folder: Path) -> bool:
-    while not folder.exists():
-        folder = folder.parent
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def open_run(path: Path) -> RunDir:

@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,18 @@ from factory_train.data.samples import SampleSource
 
 # A sum of this many 32-bit hashes is exact in a float64, which is what ranks reduce it in.
 MAX_SAMPLES_PER_STEP = 2**20
+
+
+class Position(Protocol):
+    """A place in the order of samples: `Cursor` in an ordinary run, `leases.LeasedCursor` on an island."""
+
+    def take(self, count: int) -> tuple[list[int], Position]:
+        """Returns the numbers of the next `count` samples, and the position after them."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     num_targets: int
     data_hash: int
-    cursor_after: Cursor
+    cursor_after: Position
 
 
 class TokenLoader:
@@ -123,7 +135,7 @@ class TokenLoader:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        cursor: Cursor | None = None,
+        cursor: Position | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
     ) -> None:
@@ -175,7 +187,7 @@ class TokenLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _produce(self, cursor: Cursor, device: int | None) -> None:
+    def _produce(self, cursor: Position, device: int | None) -> None:
         try:
             if device is not None:
                 torch.cuda.set_device(device)
@@ -186,7 +198,7 @@ class TokenLoader:
         except BaseException as error:
             self._queue.put(error)
 
-    def _make_step(self, cursor: Cursor) -> StepBatch:
+    def _make_step(self, cursor: Position) -> StepBatch:
         numbers, cursor_after = cursor.take(self._samples_per_step)
         micro_batches, data_hash = [], 0
         for mine in _shares(len(numbers), self._micro_batch_size, self._dp_rank, self._dp_size):

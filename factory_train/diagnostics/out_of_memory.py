@@ -33,7 +33,7 @@ _WORTHWHILE = 0.05
 _USABLE = 0.95
 _MAX_REMEDIES = 3
 _PARTS = {
-    "states": "weights, gradients and optimizer state",
+    "states": "weights, gradients and optimizer state, the outer one of islands included",
     "working_weights": "working weights",
     "accumulated_grads": "accumulated gradients",
     "activations": "activations",

@@ -1,0 +1,93 @@
+"""A round under way: another thread talks to the other islands while training goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import torch
+
+from factory_train.distributed.encoded_reduce import Notice, Reduced, reduce_round
+from factory_train.distributed.gloo_wire import GlooWire
+from factory_train.distributed.outer_state import Encoded
+
+
+class Flight:
+    """One round of one rank, from the moment its pseudo-gradient is encoded.
+
+    Args:
+        wire: to the other islands.
+        notice: makes what this island says, once `encoded` is in host memory; it may take its time.
+        encoded: its pseudo-gradient.
+        format: of the codes.
+        device: where the reduction is computed.
+        thread: one thread for all rounds: what its allocator keeps is then used again.
+    """
+
+    def __init__(
+        self, wire: GlooWire, notice: Callable[[], Notice], encoded: Encoded, format: str, device: torch.device, thread: Executor
+    ) -> None:
+        self._reduced: Reduced | None = None
+        self._failure: Exception | None = None
+        # Seconds from departure to arrival, and that training waited.
+        self.took_s = self.waited_s = 0.0
+        # The arguments are not kept: whoever made `notice` holds this flight, and garbage of that size must not wait for a collection.
+        self._future = thread.submit(self._run, wire, notice, encoded, format, device)
+
+    def _run(self, wire: GlooWire, notice: Callable[[], Notice], encoded: Encoded, format: str, device: torch.device) -> None:
+        began = time.monotonic()
+        try:
+            encoded.wait()
+            with torch.no_grad():
+                self._reduced = reduce_round(wire, notice(), encoded.codes, encoded.scales, format, device)
+        except Exception as error:
+            # Its traceback would keep the tensors of all frames.
+            self._failure = error.with_traceback(None)
+        self.took_s = time.monotonic() - began
+
+    def arrive(self) -> Reduced | Exception:
+        """Returns the result, or what went wrong, waiting for it."""
+        began = time.monotonic()
+        self._future.result()
+        self.waited_s = time.monotonic() - began
+        result = self._failure or self._reduced
+        assert result is not None
+        return result
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What a round came to, the same on all ranks of an island up to their shards.
+
+    Args:
+        codes, scales: encoded mean; None where nobody weighed anything.
+        counted: whether this rank's part is in it.
+        turn_over: whether islands join now.
+        notices: of all islands; empty on copies and where a peer told the result.
+        took_s, waited_s: seconds the exchange took, and that training waited for it.
+        num_bytes: what this rank sent.
+    """
+
+    codes: torch.Tensor | None
+    scales: torch.Tensor | None
+    counted: bool
+    turn_over: bool
+    notices: tuple[Notice, ...]
+    took_s: float
+    waited_s: float
+    num_bytes: int
+
+
+@dataclass
+class UnderWay:
+    """The round this rank has sent, kept until it is over: in another epoch it is sent again as it is."""
+
+    number: int
+    fragment: int
+    encoded: Encoded | None
+    weight: float
+    flags: int
+    flight: Flight | None = None
+    caught: Reduced | None = None

@@ -1,0 +1,396 @@
+"""The three passes of a DiLoCo synchronisation: encode the pseudo-gradient, reduce encoded shards, take the outer step.
+
+A fragment is a flat tensor of n elements in blocks of `BLOCK`, the last one maybe short. Encoded it is a tensor of codes
+(uint8) and, for int8 and int4, one float32 scale a block:
+
+    format   codes of a block              decoded
+    fp64     8 BLOCK bytes                 the value
+    fp32     4 BLOCK bytes                 the value
+    bf16     2 BLOCK bytes, nearest even   the value
+    int8     BLOCK bytes, -127 ... 127     code x scale, scale = largest magnitude of the block / 127
+    int4     BLOCK / 2 bytes, -7 ... 7     the same with 7; element 2i in the low half of byte i, each plus 8
+
+Floors in bytes an element, float32 state and error, int8, M islands: `encode` 17 (read outer, inner, error; write code, error; 12
+without error feedback plus the code), `reduce` 1 + 1 / M, `outer_update` 25 (read code, outer, momentum, inner; write the three).
+
+All islands decode the same bytes with the same arithmetic, fused multiply-adds switched off, so that what they make of them is
+bit-identical. The fingerprint sums the bits of outer parameters and momentum times odd numbers that depend on the place, modulo
+2^32 an element and 2^64 in all: no single flipped bit leaves it unchanged.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+# Bytes of the codes of one block.
+CODE_BYTES = {"fp64": 8 * BLOCK, "fp32": 4 * BLOCK, "bf16": 2 * BLOCK, "int8": BLOCK, "int4": BLOCK // 2}
+_LARGEST = {"int8": 127.0, "int4": 7.0}
+_FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+_SMALLEST_SCALE = 1.2e-38
+# Odd, as signed numbers: of outer parameters and momentum within a block (32 bits), and of the block (64 bits).
+_MIX_OUTER, _MIX_MOMENTUM, _MIX_BLOCK = 0x9E3779B1 - 2**32, 0x517CC1B7, 0x9E3779B97F4A7C15 - 2**64
+# Blocks of one Triton program.
+ROWS = 8
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from factory_train.kernels.rounding import round_to
+
+    @triton.jit
+    def quantize(x, scale, LARGEST: tl.constexpr):
+        """Returns the nearest codes as float32; zeros where the block holds next to nothing."""
+        inverse = tl.where(scale > 1.2e-38, 1.0 / tl.maximum(scale, 1.2e-38), 0.0)
+        return tl.minimum(tl.maximum(tl.floor(x * inverse + 0.5), -LARGEST), LARGEST)
+
+    @triton.jit
+    def load_decoded(codes, scales, block, num_blocks, FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+        """Returns ROWS blocks, from number `block` on, decoded; zeros beyond the last."""
+        rows = block + tl.arange(0, ROWS)[:, None]
+        at = rows * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = (rows < num_blocks) & (at >= 0)
+        if FORMAT == "fp32":
+            x = tl.load(codes.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        elif FORMAT == "bf16":
+            x = tl.load(codes.to(tl.pointer_type(tl.bfloat16)) + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            scale = tl.load(scales + rows, mask=rows < num_blocks, other=0.0)
+            if FORMAT == "int8":
+                x = tl.load(codes.to(tl.pointer_type(tl.int8)) + at, mask=inside, other=0).to(tl.float32) * scale
+            else:
+                pair = tl.load(codes + at // 2, mask=inside, other=0x88).to(tl.int32)
+                x = (((pair >> ((at % 2) * 4).to(tl.int32)) & 0xF) - 8).to(tl.float32) * scale
+        return x
+
+    @triton.jit
+    def store_encoded(x, codes, scales, block, num_blocks, FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+        """Encodes ROWS blocks, writes them, and returns what they decode to."""
+        rows = block + tl.arange(0, ROWS)[:, None]
+        at = rows * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = (rows < num_blocks) & (at >= 0)
+        if FORMAT == "fp32":
+            tl.store(codes.to(tl.pointer_type(tl.float32)) + at, x, mask=inside)
+            decoded = x
+        elif FORMAT == "bf16":
+            rounded = round_to(x, tl.bfloat16)
+            tl.store(codes.to(tl.pointer_type(tl.bfloat16)) + at, rounded, mask=inside)
+            decoded = rounded.to(tl.float32)
+        else:
+            LARGEST: tl.constexpr = 127.0 if FORMAT == "int8" else 7.0
+            scale = tl.max(tl.abs(x), axis=1, keep_dims=True) / LARGEST
+            code = quantize(x, scale, LARGEST)
+            decoded = code * scale
+            tl.store(scales + rows, scale, mask=rows < num_blocks)
+            if FORMAT == "int8":
+                tl.store(codes.to(tl.pointer_type(tl.int8)) + at, code.to(tl.int8), mask=inside)
+            else:
+                low, high = tl.split(tl.reshape(code.to(tl.int32) + 8, (ROWS, BLOCK // 2, 2)))
+                half = rows * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+                tl.store(codes + half, (low | (high << 4)).to(tl.uint8), mask=(rows < num_blocks) & (half >= 0))
+        return decoded
+
+    @triton.jit
+    def encode_pass(
+        outer, inner, error, codes, scales, new_error, squares, n, num_blocks, HAS_ERROR: tl.constexpr, FORMAT: tl.constexpr,
+        BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Encodes outer - inner + error and keeps what the code leaves out."""
+        # 64 bits: offsets pass 2^31.
+        block = tl.program_id(0).to(tl.int64) * ROWS
+        rows = block + tl.arange(0, ROWS)
+        at = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = at < n
+        x = tl.load(outer + at, mask=inside, other=0.0) - tl.load(inner + at, mask=inside, other=0.0)
+        if HAS_ERROR:
+            x += tl.load(error + at, mask=inside, other=0.0)
+        tl.store(squares + rows, tl.sum(x * x, axis=1), mask=rows < num_blocks)
+        decoded = store_encoded(x, codes, scales, block, num_blocks, FORMAT, BLOCK, ROWS)
+        if HAS_ERROR:
+            tl.store(new_error + at, x - decoded, mask=inside)
+
+    @triton.jit
+    def reduce_pass(
+        codes, scales, weights, out_codes, out_scales, num_blocks, code_stride, MEMBERS: tl.constexpr, FORMAT: tl.constexpr,
+        BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Encodes the weighted sum of what all members sent, added up in their order."""
+        block = tl.program_id(0).to(tl.int64) * ROWS
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for member in tl.static_range(MEMBERS):
+            weight = tl.load(weights + member)
+            x = load_decoded(codes + member * code_stride, scales + member * num_blocks, block, num_blocks, FORMAT, BLOCK, ROWS)
+            # What is left out may not even be finite.
+            total += tl.where(weight != 0, weight * x, 0.0)
+        store_encoded(total, out_codes, out_scales, block, num_blocks, FORMAT, BLOCK, ROWS)
+
+    @triton.jit
+    def update_pass(
+        codes, scales, outer, momentum, inner, prints, n, num_blocks, lr, mu, keep, mix_block,
+        MIX_OUTER: tl.constexpr, MIX_MOMENTUM: tl.constexpr,
+        FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """Takes the outer Nesterov step, mixes it into the inner parameters, and sums the bits of the new state."""
+        block = tl.program_id(0).to(tl.int64) * ROWS
+        rows = block + tl.arange(0, ROWS)
+        at = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        inside = at < n
+        g = load_decoded(codes, scales, block, num_blocks, FORMAT, BLOCK, ROWS)
+        v = mu * tl.load(momentum + at, mask=inside, other=0.0) + g
+        w = tl.load(outer + at, mask=inside, other=0.0) - lr * (g + mu * v)
+        tl.store(momentum + at, v, mask=inside)
+        tl.store(outer + at, w, mask=inside)
+        mixed = w
+        if keep != 0:
+            mixed = keep * tl.load(inner + at, mask=inside, other=0.0) + (1.0 - keep) * w
+        tl.store(inner + at, mixed, mask=inside)
+        odd = 2 * tl.arange(0, BLOCK)[None, :] + 1
+        bits = (w.to(tl.int32, bitcast=True) * (odd * MIX_OUTER)).to(tl.int64)
+        bits += (v.to(tl.int32, bitcast=True) * (odd * MIX_MOMENTUM)).to(tl.int64)
+        parts = tl.sum(tl.where(inside, bits, 0), axis=1) * ((2 * rows + 1) * mix_block)
+        tl.store(prints + rows, parts, mask=rows < num_blocks)
+
+
+def num_blocks(n: int) -> int:
+    """Returns the number of blocks of a fragment of n elements."""
+    return -(-n // BLOCK)
+
+
+def has_scales(format: str) -> bool:
+    """Returns whether a format has a scale a block."""
+    return format in _LARGEST
+
+
+def _on_card(tensor: Tensor, format: str) -> bool:
+    return HAS_TRITON and tensor.is_cuda and format != "fp64"
+
+
+def _check(format: str, blocks: int, codes: Tensor, scales: Tensor) -> None:
+    assert codes.numel() == blocks * CODE_BYTES[format], (format, blocks, codes.shape)
+    assert scales.numel() == (blocks if has_scales(format) else 0), (format, blocks, scales.shape)
+
+
+@torch.library.custom_op("factory_train::pseudogradient_encode", mutates_args=("codes", "scales", "new_error", "squares"))
+def encode(
+    outer: Tensor, inner: Tensor, error: Tensor, codes: Tensor, scales: Tensor, new_error: Tensor, squares: Tensor, format: str
+) -> None:
+    """Encodes outer - inner + error, and writes what the code leaves out into `new_error`.
+
+    Args:
+        outer, inner: parameters of a fragment, flat, of one floating type (float32, or float64).
+        error: left out by the code before; empty without error feedback, and `new_error` too then.
+        codes: uint8, `CODE_BYTES[format]` a block.
+        scales: float32, one a block; empty for formats without.
+        squares: sum of squares of each block; not finite where an element is not.
+        format: a key of `CODE_BYTES`.
+    """
+    if _on_card(outer, format) and outer.dtype == torch.float32:
+        launch_encode(outer, inner, error, codes, scales, new_error, squares, format)
+    else:
+        reference_encode(outer, inner, error, codes, scales, new_error, squares, format)
+
+
+@encode.register_fake
+def _(outer: Tensor, inner: Tensor, error: Tensor, codes: Tensor, scales: Tensor, new_error: Tensor, squares: Tensor, format: str) -> None:
+    pass
+
+
+def reference_encode(
+    outer: Tensor, inner: Tensor, error: Tensor, codes: Tensor, scales: Tensor, new_error: Tensor, squares: Tensor, format: str
+) -> None:
+    """The same in plain torch."""
+    n, blocks = outer.numel(), num_blocks(outer.numel())
+    _check(format, blocks, codes, scales)
+    x = outer - inner
+    if error.numel():
+        x += error
+    x = torch.nn.functional.pad(x, (0, blocks * BLOCK - n)).view(blocks, BLOCK)
+    squares.copy_(x.square().sum(dim=1))
+    decoded = _store(x, codes, scales, format)
+    if error.numel():
+        new_error.copy_((x - decoded).view(-1)[:n])
+
+
+def _store(x: Tensor, codes: Tensor, scales: Tensor, format: str) -> Tensor:
+    """Encodes blocks (rows of x) and returns what they decode to, in the type of x."""
+    if format in _FLOATS:
+        values = codes.view(_FLOATS[format]).view(x.shape)
+        values.copy_(x)
+        return values.to(x.dtype)
+    x = x.to(torch.float32)
+    largest = _LARGEST[format]
+    scale = x.abs().amax(dim=1, keepdim=True) / largest
+    # The inverse of a smaller one overflows.
+    inverse = torch.where(scale > _SMALLEST_SCALE, 1.0 / scale, 0.0)
+    code = torch.floor(x * inverse + 0.5).clamp_(-largest, largest)
+    scales.copy_(scale.view(-1))
+    decoded = code * scale
+    # A code of a block that is not finite means nothing, but has to be one.
+    code = torch.nan_to_num(code)
+    if format == "int8":
+        codes.view(torch.int8).copy_(code.view(-1))
+    else:
+        nibbles = code.to(torch.int16).view(-1, 2) + 8
+        codes.copy_(nibbles[:, 0] | (nibbles[:, 1] << 4))
+    return decoded
+
+
+def _load(codes: Tensor, scales: Tensor, format: str) -> Tensor:
+    """Returns the decoded blocks, one a row, in float32 (fp64: float64)."""
+    blocks = codes.numel() // CODE_BYTES[format]
+    if format in _FLOATS:
+        values = codes.view(_FLOATS[format]).view(blocks, BLOCK)
+        return values if format == "fp64" else values.float()
+    if format == "int8":
+        code = codes.view(torch.int8).float()
+    else:
+        pairs = codes.to(torch.int16)
+        code = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).float() - 8
+    return code.view(blocks, BLOCK) * scales.view(-1, 1)
+
+
+def launch_encode(
+    outer: Tensor, inner: Tensor, error: Tensor, codes: Tensor, scales: Tensor, new_error: Tensor, squares: Tensor, format: str
+) -> None:
+    """Launches the Triton kernel; arguments as of `encode`, all contiguous float32."""
+    n, blocks = outer.numel(), num_blocks(outer.numel())
+    _check(format, blocks, codes, scales)
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (outer, inner, error, new_error))
+    if n:
+        encode_pass[(triton.cdiv(blocks, ROWS),)](
+            outer, inner, error, codes, scales, new_error, squares, n, blocks, bool(error.numel()), format, BLOCK, ROWS,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("factory_train::pseudogradient_reduce", mutates_args=("out_codes", "out_scales"))
+def reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, out_scales: Tensor, format: str) -> None:
+    """Encodes the weighted sum of what M islands sent for the same blocks.
+
+    Args:
+        codes: (M, bytes), uint8.
+        scales: (M, blocks), float32; (M, 0) for formats without.
+        weights: (M,), float32 (fp64: float64); what weighs 0 is not looked at.
+        out_codes, out_scales: the encoded sum.
+        format: a key of `CODE_BYTES`.
+    """
+    if _on_card(codes, format):
+        launch_reduce(codes, scales, weights, out_codes, out_scales, format)
+    else:
+        reference_reduce(codes, scales, weights, out_codes, out_scales, format)
+
+
+@reduce.register_fake
+def _(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, out_scales: Tensor, format: str) -> None:
+    pass
+
+
+def reference_reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, out_scales: Tensor, format: str) -> None:
+    """The same in plain torch."""
+    blocks = out_codes.numel() // CODE_BYTES[format]
+    _check(format, blocks, out_codes, out_scales)
+    total = torch.zeros(blocks, BLOCK, dtype=torch.float64 if format == "fp64" else torch.float32, device=codes.device)
+    for member in range(len(codes)):
+        x = _load(codes[member], scales[member], format)
+        total += torch.where(weights[member] != 0, weights[member] * x, 0.0)
+    _store(total, out_codes, out_scales, format)
+
+
+def launch_reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, out_scales: Tensor, format: str) -> None:
+    """Launches the Triton kernel; arguments as of `reduce`, all contiguous."""
+    blocks = out_codes.numel() // CODE_BYTES[format]
+    _check(format, blocks, out_codes, out_scales)
+    assert all(tensor.is_contiguous() for tensor in (codes, scales, weights, out_codes, out_scales))
+    assert weights.dtype == torch.float32
+    if blocks:
+        reduce_pass[(triton.cdiv(blocks, ROWS),)](
+            codes, scales, weights, out_codes, out_scales, blocks, codes.shape[1], len(codes), format, BLOCK, ROWS,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("factory_train::pseudogradient_outer_update", mutates_args=("outer", "momentum", "inner", "prints"))
+def outer_update(
+    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
+    lr: float, mu: float, keep: float, format: str,
+) -> None:  # fmt: skip
+    """Decodes the averaged pseudo-gradient g, takes the outer step and mixes it into the inner parameters, all in place.
+
+        v = mu v + g;  outer = outer - lr (g + mu v);  inner = keep inner + (1 - keep) outer
+
+    SGD with Nesterov momentum as in `torch.optim.SGD` (DiLoCo, arXiv 2311.08105); mixing as in Streaming DiLoCo (arXiv
+    2501.18512, algorithm 2), `keep` being its alpha.
+
+    Args:
+        codes, scales: encoded g.
+        outer, momentum, inner: flat, of one floating type.
+        prints: int64, one a block: parts of the fingerprint, which is their sum modulo 2^64.
+        keep: 0 makes the inner parameters those of the outer ones whatever they were.
+        format: a key of `CODE_BYTES`.
+    """
+    if _on_card(outer, format) and outer.dtype == torch.float32:
+        launch_outer_update(codes, scales, outer, momentum, inner, prints, lr, mu, keep, format)
+    else:
+        reference_outer_update(codes, scales, outer, momentum, inner, prints, lr, mu, keep, format)
+
+
+@outer_update.register_fake
+def _(
+    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
+    lr: float, mu: float, keep: float, format: str,
+) -> None:  # fmt: skip
+    pass
+
+
+def reference_outer_update(
+    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
+    lr: float, mu: float, keep: float, format: str,
+) -> None:  # fmt: skip
+    """The same in plain torch."""
+    n = outer.numel()
+    _check(format, num_blocks(n), codes, scales)
+    g = _load(codes, scales, format).view(-1)[:n].to(outer.dtype)
+    momentum.mul_(mu).add_(g)
+    # Products before sums, each rounded: what the kernel does.
+    outer.sub_((momentum * mu).add_(g).mul_(lr))
+    inner.copy_(inner * keep + outer * (1.0 - keep) if keep else outer)
+    prints.copy_(fingerprint_parts(outer, momentum))
+
+
+def fingerprint_parts(outer: Tensor, momentum: Tensor) -> Tensor:
+    """Returns the parts of the fingerprint of a state, one a block; their sum modulo 2^64 is the fingerprint."""
+    n, blocks = outer.numel(), num_blocks(outer.numel())
+    # A float64 is two words of 32 bits.
+    words = outer.element_size() // 4
+    odd = 2 * torch.arange(words * BLOCK, dtype=torch.int32, device=outer.device) + 1
+    total = torch.zeros(blocks, dtype=torch.int64, device=outer.device)
+    for state, mix in ((outer, _MIX_OUTER), (momentum, _MIX_MOMENTUM)):
+        mixed, whole = odd * mix, n // BLOCK
+        bits = state.view(torch.int32)
+        total[:whole] += (bits[: whole * words * BLOCK].view(whole, words * BLOCK) * mixed).sum(dim=1, dtype=torch.int64)
+        if whole < blocks:
+            rest = bits[whole * words * BLOCK :]
+            total[whole] += (rest * mixed[: rest.numel()]).sum(dtype=torch.int64)
+    return total * ((2 * torch.arange(blocks, device=outer.device) + 1) * _MIX_BLOCK)
+
+
+def launch_outer_update(
+    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
+    lr: float, mu: float, keep: float, format: str,
+) -> None:  # fmt: skip
+    """Launches the Triton kernel; arguments as of `outer_update`, all contiguous float32."""
+    n, blocks = outer.numel(), num_blocks(outer.numel())
+    _check(format, blocks, codes, scales)
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (outer, momentum, inner))
+    if n:
+        update_pass[(triton.cdiv(blocks, ROWS),)](
+            codes, scales, outer, momentum, inner, prints, n, blocks, lr, mu, keep, _MIX_BLOCK,
+            _MIX_OUTER, _MIX_MOMENTUM, format, BLOCK, ROWS,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip

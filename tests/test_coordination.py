@@ -1,0 +1,161 @@
+"""Who takes part in DiLoCo's rounds: leases, epochs, islands that go, come late and come back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Epoch, FolderBoard, Lease
+from factory_train.distributed.coordination import Coordination, Decision, Rules, View
+
+RULES = Rules(("a", "b", "c"), quorum=1, silence_s=5.0, grace_s=20.0)
+LEASE = Lease(1, "a", 1)
+EPOCH = Epoch(1, 1, {"a": 1, "b": 1, "c": 1})
+
+
+class Scene:
+    """What is on the board; each island decides from it."""
+
+    def __init__(self, rules: Rules = RULES, epoch: Epoch | None = EPOCH, lease: Lease | None = LEASE) -> None:
+        self.now, self.epoch, self.lease = 0.0, epoch, lease
+        state = MEMBER if epoch else JOINING
+        self.beats = {name: Beat(name, 1, state=state, epoch=epoch.number if epoch else 0) for name in rules.islands}
+        self.silent_s = dict.fromkeys(rules.islands, 0.0)
+        self.minds = {name: Coordination(rules, name, 1) for name in rules.islands}
+
+    def says(self, island: str, **facts) -> None:
+        self.beats[island] = replace(self.beats[island], **facts)
+
+    def decisions(self, after_s: float = 0.0) -> dict[str, Decision]:
+        self.now += after_s
+        view = View(self.now, self.beats, self.silent_s, self.epoch, self.lease)
+        return {name: mind.decide(view) for name, mind in self.minds.items()}
+
+
+def test_the_first_island_takes_the_lease_and_begins_when_all_are_there() -> None:
+    scene = Scene(epoch=None, lease=None)
+    assert [decision.take_lease for decision in scene.decisions().values()] == [1, None, None]
+    scene.lease = Lease(1, "a", 1)
+    assert scene.decisions()["a"].start == ("a", "b", "c")
+    assert scene.decisions()["b"] == Decision()
+
+
+def test_who_is_missing_at_the_start_is_waited_for_during_the_grace_time() -> None:
+    scene = Scene(replace(RULES, quorum=2), epoch=None)
+    scene.silent_s["c"] = 99.0
+    assert scene.decisions()["a"].start == ()
+    assert scene.decisions(19.0)["a"].start == ()
+    assert scene.decisions(2.0)["a"].start == ("a", "b")
+    scene.silent_s["b"] = 99.0
+    assert scene.decisions(99.0)["a"].start == ()
+
+
+def test_an_undisturbed_epoch_stays() -> None:
+    assert set(map(str, Scene().decisions(1000.0).values())) == {str(Decision())}
+
+
+@pytest.mark.parametrize(
+    ("gone", "reason"), [({"incarnation": 2, "state": JOINING}, "restarted"), ({"state": LEFT}, "left"), (None, "silent for 5 s")]
+)
+def test_after_a_failed_round_those_that_report_it_go_on(gone: dict | None, reason: str) -> None:
+    scene = Scene()
+    if gone is None:
+        scene.silent_s["b"] = 6.0
+    else:
+        scene.says("b", **gone)
+    scene.says("a", state=BROKEN)
+    # c has not noticed yet: it is on its way to the round.
+    assert scene.decisions()["a"] == Decision()
+    scene.says("c", state=BROKEN)
+    decision = scene.decisions(0.1)["a"]
+    assert decision.survivors == ("a", "c")
+    assert decision.lost == {"b": reason}
+
+
+def test_a_member_that_lives_but_does_not_come_is_late() -> None:
+    scene = Scene()
+    scene.says("a", state=BROKEN)
+    scene.says("c", state=BROKEN)
+    assert scene.decisions(0.0)["a"].survivors == ()
+    assert scene.decisions(19.0)["a"].survivors == ()
+    decision = scene.decisions(2.0)["a"]
+    assert decision.survivors == ("a", "c")
+    assert decision.lost == {"b": "late"}
+
+
+def test_too_few_do_not_go_on() -> None:
+    scene = Scene(replace(RULES, quorum=2))
+    scene.says("a", state=BROKEN)
+    scene.silent_s.update(b=9.0, c=9.0)
+    assert scene.decisions(99.0)["a"] == Decision()
+
+
+def test_when_the_coordinator_is_gone_the_next_member_takes_over() -> None:
+    scene = Scene()
+    scene.silent_s["a"] = 6.0
+    decisions = scene.decisions()
+    assert decisions["b"].take_lease == 2
+    assert decisions["c"] == Decision()
+    scene.lease = Lease(2, "b", 1)
+    scene.says("b", state=BROKEN)
+    scene.says("c", state=BROKEN)
+    assert scene.decisions()["b"].survivors == ("b", "c")
+    # The old one wakes up: it sees another lease and decides nothing.
+    scene.silent_s["a"] = 0.0
+    assert scene.decisions()["a"] == Decision()
+
+
+def test_a_coordinator_that_is_no_member_any_more_hands_over() -> None:
+    scene = Scene()
+    scene.epoch = Epoch(2, 1, {"b": 1, "c": 1})
+    assert scene.decisions()["b"].take_lease == 2
+
+
+def test_who_comes_back_is_admitted_by_the_coordinator_alone() -> None:
+    scene = Scene(epoch=Epoch(2, 1, {"a": 1, "c": 1}))
+    scene.says("b", state=JOINING, incarnation=2)
+    decisions = scene.decisions()
+    assert decisions["a"].admit == ("b",)
+    assert decisions["c"] == Decision()
+
+
+def test_a_stranger_is_not_admitted() -> None:
+    scene = Scene(epoch=Epoch(2, 1, {"a": 1, "b": 1, "c": 1}))
+    scene.beats["z"], scene.silent_s["z"] = Beat("z", 1), 0.0
+    assert scene.decisions()["a"].admit == ()
+
+
+def test_an_island_that_dies_while_it_joins_is_not_a_survivor() -> None:
+    scene = Scene(epoch=Epoch(2, 1, {"a": 1, "b": 2, "c": 1}, joining=("b",)))
+    scene.says("b", state=JOINING, incarnation=2)
+    for name in ("a", "c"):
+        scene.says(name, state=BROKEN, epoch=2)
+    decision = scene.decisions()["a"]
+    assert decision.survivors == ("a", "c")
+    assert list(decision.lost) == ["b"]
+
+
+def test_when_no_member_is_left_those_that_are_there_begin_anew() -> None:
+    scene = Scene(lease=Lease(1, "a", 1))
+    for name in RULES.islands:
+        scene.says(name, state=JOINING, incarnation=2)
+    scene.minds = {name: Coordination(RULES, name, 2) for name in RULES.islands}
+    assert scene.decisions()["a"].take_lease == 2
+    scene.lease = Lease(2, "a", 2)
+    assert scene.decisions()["a"].start == ("a", "b", "c")
+
+
+def test_epochs_and_leases_are_written_once(tmp_path: Path) -> None:
+    board = FolderBoard(tmp_path)
+    assert board.epoch() is None
+    assert board.publish(EPOCH)
+    assert not board.publish(replace(EPOCH, members={"b": 1}))
+    assert board.epoch() == EPOCH
+    assert board.take_lease(Lease(1, "a", 1))
+    assert not board.take_lease(Lease(1, "b", 1))
+    assert board.take_lease(Lease(2, "b", 1))
+    assert board.lease() == Lease(2, "b", 1)
+    board.write_beat(Beat("a", 3, 7, resumes=(4, 8)))
+    assert board.beats() == {"a": Beat("a", 3, 7, resumes=(4, 8))}

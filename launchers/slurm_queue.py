@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from factory_train.errors import UnavailableError
 
 _TIMEOUT_S = 20.0
+_WITHOUT_A_WORD = "it failed and did not say why"
 # One look at the queue serves all runs of a table, and all polls of one moment.
 _FRESH_S = 1.0
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED", "PREEMPTED"}
@@ -111,7 +112,8 @@ def run(*command: str) -> str:
             f"{command[0]} did not answer within {_TIMEOUT_S:g} s", where="Slurm", fix="try again; is the controller up? scontrol ping"
         ) from None
     if done.returncode:
-        raise UnavailableError(first_line(done.stderr) or f"{command[0]} failed", where="Slurm", fix="scontrol ping")
+        what = first_line(done.stderr) or (f"{command[0]} was ended by a signal" if done.returncode < 0 else _WITHOUT_A_WORD)
+        raise UnavailableError(what, where="Slurm", fix="scontrol ping")
     return done.stdout
 
 
@@ -202,17 +204,26 @@ def cancel(job_ids: Sequence[str]) -> None:
         UnavailableError: Slurm refuses or does not answer.
     """
     if job_ids:
-        run("scancel", *job_ids)
+        _scancel(*job_ids)
         forget()
 
 
 def signal_steps(job_id: str, name: str) -> None:
-    """Sends a signal to all tasks of a job.
+    """Sends a signal to all tasks of a job; one that has ended already is left aside.
 
     Raises:
         UnavailableError: Slurm refuses or does not answer.
     """
-    run("scancel", f"--signal={name}", job_id)
+    _scancel(f"--signal={name}", job_id)
+
+
+def _scancel(*words: str) -> None:
+    try:
+        run("scancel", *words)
+    except UnavailableError as error:
+        # So it does when a job has ended between our look and now: what was wanted is so.
+        if error.what != _WITHOUT_A_WORD:
+            raise
 
 
 def exclude_nodes(job_id: str, nodes: Sequence[str]) -> None:

@@ -362,6 +362,21 @@ def test_a_requeue_whose_command_dies_with_the_job_counts_as_asked_for(
     assert excluded == (["n2"] if event == "exclude" else [])
 
 
+def test_a_job_that_ended_as_it_was_stopped_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scancel fails without a word then; with one, or when it is killed, it has failed."""
+    scancel = tmp_path / "scancel"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for body, fails in (("exit 1", False), ("echo scancel: error: no such luck >&2; exit 1", True), ("kill -9 $$", True)):
+        scancel.write_text(f"#!/bin/sh\n{body}\n")
+        scancel.chmod(0o755)
+        if fails:
+            with pytest.raises(UnavailableError, match=r"no such luck|ended by a signal"):
+                slurm_queue.signal_steps("7", "INT")
+        else:
+            slurm_queue.signal_steps("7", "INT")
+            slurm_queue.cancel(["7"])
+
+
 def test_a_deadline_leaves_room_for_the_measured_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,3 +78,8 @@ def test_the_script_looks_at_every_node_by_hand(cluster: Cluster, tmp_path: Path
     bad = subprocess.run([*line, "/proc"], env=environ, capture_output=True, text=True)
     assert bad.returncode == 1
     assert "node3: BAD /proc cannot be written" in bad.stdout
+    # All of it, the collective too.
+    line = ["srun", "--nodes=1", "bash", script, str(tmp_path)]
+    whole = subprocess.run(line, env=command.environment() | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert "not tried" not in whole.stdout

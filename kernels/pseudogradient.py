@@ -22,6 +22,7 @@ bit-identical. The fingerprint sums the bits of outer parameters and momentum ti
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ _FLOATS = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 _SMALLEST_SCALE = 1.2e-38
 # Odd, as signed numbers: of outer parameters and momentum within a block (32 bits), and of the block (64 bits).
 _MIX_OUTER, _MIX_MOMENTUM, _MIX_BLOCK = 0x9E3779B1 - 2**32, 0x517CC1B7, 0x9E3779B97F4A7C15 - 2**64
-# Blocks of one Triton program.
-ROWS = 8
+# Blocks of one Triton program, and those the references work on at once.
+ROWS, _AT_ONCE = 8, 1024
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -43,12 +44,6 @@ if HAS_TRITON:
     import triton.language as tl
 
     from factory_train.kernels.rounding import round_to
-
-    @triton.jit
-    def quantize(x, scale, LARGEST: tl.constexpr):
-        """Returns the nearest codes as float32; zeros where the block holds next to nothing."""
-        inverse = tl.where(scale > 1.2e-38, 1.0 / tl.maximum(scale, 1.2e-38), 0.0)
-        return tl.minimum(tl.maximum(tl.floor(x * inverse + 0.5), -LARGEST), LARGEST)
 
     @triton.jit
     def load_decoded(codes, scales, block, num_blocks, FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
@@ -85,7 +80,9 @@ if HAS_TRITON:
         else:
             LARGEST: tl.constexpr = 127.0 if FORMAT == "int8" else 7.0
             scale = tl.max(tl.abs(x), axis=1, keep_dims=True) / LARGEST
-            code = quantize(x, scale, LARGEST)
+            # The inverse of a smaller scale overflows.
+            inverse = tl.where(scale > 1.2e-38, 1.0 / tl.maximum(scale, 1.2e-38), 0.0)
+            code = tl.minimum(tl.maximum(tl.floor(x * inverse + 0.5), -LARGEST), LARGEST)
             decoded = code * scale
             tl.store(scales + rows, scale, mask=rows < num_blocks)
             if FORMAT == "int8":
@@ -196,25 +193,32 @@ def encode(
         reference_encode(outer, inner, error, codes, scales, new_error, squares, format)
 
 
-@encode.register_fake
-def _(outer: Tensor, inner: Tensor, error: Tensor, codes: Tensor, scales: Tensor, new_error: Tensor, squares: Tensor, format: str) -> None:
-    pass
+encode.register_fake(lambda *arguments: None)
 
 
 def reference_encode(
     outer: Tensor, inner: Tensor, error: Tensor, codes: Tensor, scales: Tensor, new_error: Tensor, squares: Tensor, format: str
 ) -> None:
     """The same in plain torch."""
-    n, blocks = outer.numel(), num_blocks(outer.numel())
-    _check(format, blocks, codes, scales)
-    x = outer - inner
-    if error.numel():
-        x += error
-    x = torch.nn.functional.pad(x, (0, blocks * BLOCK - n)).view(blocks, BLOCK)
-    squares.copy_(x.square().sum(dim=1))
-    decoded = _store(x, codes, scales, format)
-    if error.numel():
-        new_error.copy_((x - decoded).view(-1)[:n])
+    _check(format, num_blocks(outer.numel()), codes, scales)
+    for at, code, block in _pieces(outer.numel(), format):
+        x = outer[at] - inner[at]
+        if error.numel():
+            x += error[at]
+        n = x.numel()
+        x = x if n % BLOCK == 0 else torch.nn.functional.pad(x, (0, -n % BLOCK))
+        x = x.view(-1, BLOCK)
+        squares[block] = torch.linalg.vector_norm(x, dim=1).square_()
+        decoded = _store(x, codes[code], scales[block], format)
+        if error.numel():
+            new_error[at] = x.sub_(decoded).view(-1)[:n]
+
+
+def _pieces(n: int, format: str) -> Iterator[tuple[slice, slice, slice]]:
+    """Yields elements, bytes of codes and blocks of one piece after another: temporaries of a piece stay in the caches."""
+    for first in range(0, num_blocks(n), _AT_ONCE):
+        last, size = min(first + _AT_ONCE, num_blocks(n)), CODE_BYTES[format]
+        yield slice(first * BLOCK, min(last * BLOCK, n)), slice(first * size, last * size), slice(first, last)
 
 
 def _store(x: Tensor, codes: Tensor, scales: Tensor, format: str) -> Tensor:
@@ -286,20 +290,19 @@ def reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, ou
         reference_reduce(codes, scales, weights, out_codes, out_scales, format)
 
 
-@reduce.register_fake
-def _(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, out_scales: Tensor, format: str) -> None:
-    pass
+reduce.register_fake(lambda *arguments: None)
 
 
 def reference_reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, out_scales: Tensor, format: str) -> None:
     """The same in plain torch."""
     blocks = out_codes.numel() // CODE_BYTES[format]
     _check(format, blocks, out_codes, out_scales)
-    total = torch.zeros(blocks, BLOCK, dtype=torch.float64 if format == "fp64" else torch.float32, device=codes.device)
-    for member in range(len(codes)):
-        x = _load(codes[member], scales[member], format)
-        total += torch.where(weights[member] != 0, weights[member] * x, 0.0)
-    _store(total, out_codes, out_scales, format)
+    for _, code, block in _pieces(blocks * BLOCK, format):
+        total = torch.zeros((), dtype=weights.dtype, device=codes.device)
+        for member in range(len(codes)):
+            x = _load(codes[member, code], scales[member, block], format)
+            total = total + torch.where(weights[member] != 0, weights[member] * x, 0.0)
+        _store(total, out_codes[code], out_scales[block], format)
 
 
 def launch_reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, out_scales: Tensor, format: str) -> None:
@@ -340,12 +343,7 @@ def outer_update(
         reference_outer_update(codes, scales, outer, momentum, inner, prints, lr, mu, keep, format)
 
 
-@outer_update.register_fake
-def _(
-    codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
-    lr: float, mu: float, keep: float, format: str,
-) -> None:  # fmt: skip
-    pass
+outer_update.register_fake(lambda *arguments: None)
 
 
 def reference_outer_update(
@@ -353,31 +351,34 @@ def reference_outer_update(
     lr: float, mu: float, keep: float, format: str,
 ) -> None:  # fmt: skip
     """The same in plain torch."""
-    n = outer.numel()
-    _check(format, num_blocks(n), codes, scales)
-    g = _load(codes, scales, format).view(-1)[:n].to(outer.dtype)
-    momentum.mul_(mu).add_(g)
-    # Products before sums, each rounded: what the kernel does.
-    outer.sub_((momentum * mu).add_(g).mul_(lr))
-    inner.copy_(inner * keep + outer * (1.0 - keep) if keep else outer)
-    prints.copy_(fingerprint_parts(outer, momentum))
+    _check(format, num_blocks(outer.numel()), codes, scales)
+    for at, code, block in _pieces(outer.numel(), format):
+        w, v = outer[at], momentum[at]
+        g = _load(codes[code], scales[block], format).view(-1)[: w.numel()].to(w.dtype)
+        v.mul_(mu).add_(g)
+        # Products before sums, each rounded: what the kernel does.
+        w.sub_((v * mu).add_(g).mul_(lr))
+        inner[at] = inner[at] * keep + w * (1.0 - keep) if keep else w
+        prints[block] = _fingerprint_parts(w, v, block.start)
 
 
 def fingerprint_parts(outer: Tensor, momentum: Tensor) -> Tensor:
     """Returns the parts of the fingerprint of a state, one a block; their sum modulo 2^64 is the fingerprint."""
-    n, blocks = outer.numel(), num_blocks(outer.numel())
+    pieces = [_fingerprint_parts(outer[at], momentum[at], block.start) for at, _, block in _pieces(outer.numel(), "fp32")]
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64, device=outer.device)
+
+
+def _fingerprint_parts(outer: Tensor, momentum: Tensor, first: int) -> Tensor:
+    """The same of a piece whose first block has the number `first`."""
     # A float64 is two words of 32 bits.
-    words = outer.element_size() // 4
-    odd = 2 * torch.arange(words * BLOCK, dtype=torch.int32, device=outer.device) + 1
-    total = torch.zeros(blocks, dtype=torch.int64, device=outer.device)
+    row, missing = outer.element_size() // 4 * BLOCK, -outer.numel() % BLOCK
+    odd = 2 * torch.arange(row, dtype=torch.int32, device=outer.device) + 1
+    parts = []
     for state, mix in ((outer, _MIX_OUTER), (momentum, _MIX_MOMENTUM)):
-        mixed, whole = odd * mix, n // BLOCK
-        bits = state.view(torch.int32)
-        total[:whole] += (bits[: whole * words * BLOCK].view(whole, words * BLOCK) * mixed).sum(dim=1, dtype=torch.int64)
-        if whole < blocks:
-            rest = bits[whole * words * BLOCK :]
-            total[whole] += (rest * mixed[: rest.numel()]).sum(dtype=torch.int64)
-    return total * ((2 * torch.arange(blocks, device=outer.device) + 1) * _MIX_BLOCK)
+        state = torch.nn.functional.pad(state, (0, missing)) if missing else state
+        parts.append((state.view(torch.int32).view(-1, row) * (odd * mix)).sum(dim=1, dtype=torch.int64))
+    blocks = torch.arange(first, first + len(parts[0]), device=outer.device)
+    return (parts[0] + parts[1]) * ((2 * blocks + 1) * _MIX_BLOCK)
 
 
 def launch_outer_update(

@@ -45,6 +45,10 @@ class Wire(Protocol):
         """Makes row m of `received` what member m sent to all."""
         ...
 
+    def room(self, what: str, *shape: int) -> torch.Tensor:
+        """Returns memory for `what`, of any content, that this wire keeps from round to round."""
+        ...
+
 
 @dataclass(frozen=True)
 class Notice:
@@ -139,8 +143,8 @@ def _try(
 ) -> tuple[Reduced | None, set[int]]:
     blocks = codes.numel() // kernels.CODE_BYTES[format]
     part = shard_blocks(blocks, wire.size)
-    sent = _messages(notice, codes, scales, part, wire.size, format)
-    received = torch.empty_like(sent)
+    sent = _messages(wire, notice, codes, scales, part, format)
+    received = wire.room("received", *sent.shape)
     wire.all_to_all(received, sent)
     good = [_is_intact(message) or member in left_out for member, message in enumerate(received)]
     notices = [Notice.decode(_head(message))[0] if ok else None for message, ok in zip(received, good, strict=True)]
@@ -148,10 +152,10 @@ def _try(
     bad = sum(1 << member for member, ok in enumerate(good) if not ok)
     weights = [said.weight if said is not None and member not in left_out else 0.0 for member, said in enumerate(notices)]
     own = _reduce_part(received, weights, part, format, device)
-    message = torch.empty(HEAD_BYTES + own.numel(), dtype=torch.uint8)
+    message = wire.room("own", HEAD_BYTES + own.numel())
     message[HEAD_BYTES:] = own
     _seal(message, notice, bad)
-    gathered = torch.empty(wire.size, message.numel(), dtype=torch.uint8)
+    gathered = wire.room("gathered", wire.size, message.numel())
     wire.all_gather(gathered, message)
     intact = all(map(_is_intact, gathered))
     said = [Notice.decode(_head(row)) for row in gathered]
@@ -172,15 +176,16 @@ def _try(
     return Reduced(all_codes, all_scales, everybody, left_out), set()
 
 
-def _messages(notice: Notice, codes: torch.Tensor, scales: torch.Tensor, part: int, members: int, format: str) -> torch.Tensor:
+def _messages(wire: Wire, notice: Notice, codes: torch.Tensor, scales: torch.Tensor, part: int, format: str) -> torch.Tensor:
     """Returns one message a row: head, codes and scales of that member's part; what lies beyond the end is zeros."""
     code_bytes = part * kernels.CODE_BYTES[format]
     scale_bytes = 4 * part * kernels.has_scales(format)
-    messages = torch.zeros(members, HEAD_BYTES + code_bytes + scale_bytes, dtype=torch.uint8)
+    messages = wire.room("sent", wire.size, HEAD_BYTES + code_bytes + scale_bytes)
     for (start, length), source in (((HEAD_BYTES, code_bytes), codes), ((HEAD_BYTES + code_bytes, scale_bytes), scales.view(torch.uint8))):
-        for member in range(members if length else 0):
+        for member in range(wire.size if length else 0):
             piece = source[member * length : (member + 1) * length]
             messages[member, start : start + len(piece)] = piece
+            messages[member, start + len(piece) : start + length] = 0
     for message in messages:
         _seal(message, notice, 0)
     return messages

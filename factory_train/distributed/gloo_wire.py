@@ -26,6 +26,7 @@ class GlooWire:
         self.rank, self.size = rank, size
         # What this rank sent to others, in bytes.
         self.bytes_sent = 0
+        self._rooms: dict[str, torch.Tensor] = {}
         # Its collectives are there, if not in its type.
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timeout) if size > 1 else None
 
@@ -44,6 +45,13 @@ class GlooWire:
             return
         self._group._allgather_base(received.view(-1), sent).wait()
         self.bytes_sent += sent.nbytes * (self.size - 1)
+
+    def room(self, what: str, *shape: int) -> torch.Tensor:
+        """See `encoded_reduce.Wire`; fresh memory costs more than what is done with it."""
+        held = self._rooms.get(what)
+        if held is None or held.shape != shape:
+            held = self._rooms[what] = torch.empty(shape, dtype=torch.uint8)
+        return held
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Sends a tensor to one member, who calls `receive`."""

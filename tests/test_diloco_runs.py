@@ -67,6 +67,23 @@ def test_resumed_at_any_step_of_two_periods_a_run_is_bit_identical(text_file: Pa
         assert not differences(run, undisturbed), f"stopped after step {stop}"
 
 
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+def test_islands_of_several_ranks_resume_inside_of_an_overlap_window(text_file: Path, tmp_path: Path, layout: str) -> None:
+    cfg = island_settings(text_file, tmp_path, layout)
+    cfg.train.micro_batch_size = 2
+    undisturbed, stopped = (start_run(tmp_path, name, cfg).run for name in ("undisturbed", "stopped"))
+    run_islands(
+        [{"run_dir": str(undisturbed.path)}, {"run_dir": str(stopped.path), "stop_at": 6}, {"run_dir": str(stopped.path)}],
+        islands=2,
+        ranks=2,
+    )
+    for island in island_names(2):
+        events = island_run(stopped, island).last_attempt().events()
+        assert next(event["step"] for event in events if event["event"] == "island-loaded") == 6
+        assert curve(stopped, island) == curve(undisturbed, island)
+    assert not differences(stopped, undisturbed)
+
+
 def flip_a_byte(run: RunDir, step: int) -> None:
     (path, *_) = sorted((run.checkpoints / f"step-{step:08d}").glob("*.safetensors"))
     content = bytearray(path.read_bytes())

@@ -29,7 +29,7 @@ def points(folder: Path, name: str, count: int) -> list[RunDir]:
 
 def test_a_grid_is_one_array_and_what_happens_to_a_point_happens_to_no_other(cluster: Cluster, tmp_path: Path) -> None:
     """Of six points one is requeued, two are stopped by name, one is cancelled by its element."""
-    words = (*WORDS, *GRID, "sweep=grid", "train.steps=2500", "checkpoint.every_steps=500", f"data.path={text_file(tmp_path)}")
+    words = (*WORDS, *GRID, "sweep=grid", "train.steps=1000", "checkpoint.every_steps=250", f"data.path={text_file(tmp_path)}")
     submitted = command.run(*words, cwd=tmp_path)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     runs = points(tmp_path, "grid", 6)

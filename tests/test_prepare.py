@@ -213,7 +213,7 @@ def test_interrupted_it_ends_at_once_says_so_and_goes_on_later(tmp_path: Path) -
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     done = prepare(path, "vocab_size=400", "out=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

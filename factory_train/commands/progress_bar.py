@@ -23,10 +23,12 @@ class ProgressBar:
 
     def __init__(self, label: str, total: int, *, log_every_s: float | None = None) -> None:
         self._label, self._total, self._done = label, max(1, total), 0
-        self._began = self._shown = time.monotonic()
+        self._began = time.monotonic()
         self._log_every_s = log_every_s
         self._lock = threading.Lock()
         self._live = sys.stderr.isatty()
+        # On a terminal the first bytes show at once.
+        self._shown = 0.0 if self._live else self._began
 
     def __enter__(self) -> ProgressBar:
         return self

@@ -18,7 +18,7 @@ from factory_train import storage
 from factory_train.config import LauncherConfig
 from factory_train.errors import ConfigError, PreflightError
 from factory_train.launchers import slurm_queue, slurm_script
-from factory_train.launchers.job import JobSpec
+from factory_train.launchers.job import JobSpec, failed_first
 from factory_train.launchers.local import LocalHandle
 from factory_train.launchers.slurm import SPEC_NAME, SlurmLauncher
 from factory_train.plan import CPU_RANKS
@@ -108,9 +108,7 @@ class AllocationHandle(LocalHandle):
     """A job within an allocation: a process on this machine that runs its steps."""
 
     def logs(self) -> list[Path]:
-        error = self.attempt.error() or {}
-        paths = [*sorted((self.attempt.path / "logs").glob("*.log")), self.attempt.launch / "steps.log"]
-        return sorted(paths, key=lambda path: str(path.relative_to(self.attempt.run.path)) != error.get("log"))
+        return failed_first([*sorted((self.attempt.path / "logs").glob("*.log")), self.attempt.launch / "steps.log"], self.attempt)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,3 +179,19 @@ class Launcher(Protocol):
     def describe(self, job: JobSpec) -> str:
         """Returns what `submit` would start, for --dry-run."""
         ...
+
+
+def wait_until_ended(handle: JobHandle, timeout_s: float | None, poll_s: float) -> bool:
+    """Waits for a job that can only be asked how it stands; returns whether it has ended."""
+    limit = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
+    while handle.status() != "ended":
+        if time.monotonic() >= limit:
+            return False
+        time.sleep(max(0.0, min(poll_s, limit - time.monotonic())))
+    return True
+
+
+def failed_first(paths: Iterable[Path], attempt: Attempt) -> list[Path]:
+    """Returns logs in their order, but that of what failed in front."""
+    error = attempt.error() or {}
+    return sorted(paths, key=lambda path: os.path.relpath(path, attempt.run.path) != error.get("log"))

@@ -19,7 +19,7 @@ from factory_train.errors import ConfigError, ExitCode, PreflightError, Unavaila
 from factory_train.gangs import island_run
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import END_SIGNAL
-from factory_train.launchers.job import MAIN_GANG, STAGES, JobSpec
+from factory_train.launchers.job import MAIN_GANG, STAGES, JobSpec, failed_first
 from factory_train.run_dir import Attempt, RunDir, process_started_at
 
 _POLL_S = 0.05
@@ -65,10 +65,7 @@ class LocalHandle:
     def logs(self) -> list[Path]:
         paths = [self.attempt.log_path("prepare"), *self._rank_logs(), *map(self.attempt.log_path, ("finish", "sync"))]
         paths.append(self.attempt.launch / "supervisor.log")
-        error = self.attempt.error() or {}
-        # The log of what failed comes first; sort() keeps the order of the rest.
-        paths.sort(key=lambda path: str(path.relative_to(self.attempt.run.path)) != error.get("log"))
-        return [path for path in paths if path.is_file()]
+        return [path for path in failed_first(paths, self.attempt) if path.is_file()]
 
     def _rank_logs(self) -> Iterator[Path]:
         for gang in self.job["gangs"]:

@@ -22,7 +22,7 @@ from factory_train import storage, switches
 from factory_train.config import LauncherConfig
 from factory_train.errors import ConfigError, ExitCode, PreflightError, UnavailableError
 from factory_train.launchers import ray_api, ray_own, ray_room
-from factory_train.launchers.job import STAGES, Gang, JobSpec
+from factory_train.launchers.job import STAGES, Gang, JobSpec, failed_first, wait_until_ended
 from factory_train.launchers.ray_api import RayApi
 from factory_train.launchers.ray_room import Wanted
 from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
@@ -152,8 +152,7 @@ class RayHandle:
     def logs(self) -> list[Path]:
         newest = self.attempt.run.last_attempt() or self.attempt
         paths = sorted((newest.path / "logs").glob("*.log")) + sorted(newest.launch.glob("*.log"))
-        error = newest.error() or {}
-        return sorted(paths, key=lambda path: str(path.relative_to(newest.run.path)) != error.get("log"))
+        return failed_first(paths, newest)
 
     def signal(self, signum: int) -> None:
         """Passes on a signal: after SIGTERM the run is preempted, after SIGINT interrupted; a second one ends it at once."""
@@ -189,12 +188,7 @@ class RayHandle:
         self._seen = None
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        limit = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
-        while self.status() != "ended":
-            if time.monotonic() >= limit:
-                return False
-            time.sleep(max(0.0, min(_POLL_S, limit - time.monotonic())))
-        return True
+        return wait_until_ended(self, timeout_s, _POLL_S)
 
 
 @dataclass(frozen=True)

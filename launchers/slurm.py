@@ -14,7 +14,7 @@ import factory_train
 from factory_train import storage, switches
 from factory_train.errors import ConfigError, ExitCode, PreflightError
 from factory_train.launchers import slurm_preflight, slurm_queue, slurm_script
-from factory_train.launchers.job import STAGES, Gang, JobSpec
+from factory_train.launchers.job import STAGES, Gang, JobSpec, failed_first, wait_until_ended
 from factory_train.launchers.slurm_queue import QueuedJob
 from factory_train.run_dir import Attempt, RunDir
 
@@ -72,8 +72,7 @@ class SlurmHandle:
         batch = Path(self.job["batch_log"]) if "batch_log" in self.job else None
         batches = [batch] if batch and batch.is_file() else sorted(self.attempt.launch.glob("slurm-*.log"))
         paths = sorted((newest.path / "logs").glob("*.log")) + batches
-        error = newest.error() or {}
-        return sorted(paths, key=lambda path: str(path.relative_to(newest.run.path)) != error.get("log"))
+        return failed_first(paths, newest)
 
     def signal(self, signum: int) -> None:
         asked = switches.is_on(self.attempt.run, switches.STOP)
@@ -107,12 +106,7 @@ class SlurmHandle:
             slurm_queue.signal_steps(job.id, "INT")
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        limit = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
-        while self.status() != "ended":
-            if time.monotonic() >= limit:
-                return False
-            time.sleep(max(0.0, min(_POLL_S, limit - time.monotonic())))
-        return True
+        return wait_until_ended(self, timeout_s, _POLL_S)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ def test_what_is_killed_is_replaced_and_the_curve_is_bit_identical(
     first = run.attempts()[0].verdict()
     assert first is not None
     assert first.step is not None
-    assert told["restart"]["steps_to_repeat"] == first.step - resumed_at(run, 2)
+    # A save that was under way may be committed by its own process after the attempt was given up: then less is repeated.
+    saved_later = 0 if when == "mid_step" else 2
+    assert 0 <= told["restart"]["steps_to_repeat"] - (first.step - resumed_at(run, 2)) <= saved_later
     assert told["start"]["node_ids"]
     nothing_is_left(run)
 

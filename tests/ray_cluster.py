@@ -45,13 +45,17 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self.token_path.write_text("t" * 64)
         self.token_path.chmod(0o600)
-        # Read by Ray when it is imported.
         os.environ |= {
             "RAY_AUTH_MODE": "token" if self._wants_token else "disabled",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
+        from ray._raylet import AuthenticationTokenLoader, Config
         from ray.cluster_utils import Cluster as RayCluster
+
+        # Ray read them when it was imported, which may have been for another test.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
         # Every port any: another cluster may be on this machine.
         head = {

@@ -33,8 +33,7 @@ from factory_train.data.corpus.inputs import InputFile, Inputs
 from factory_train.data.corpus.request import Request
 from factory_train.data.corpus.tokenizer_choice import TRAINED, ChosenTokenizer, given, trained
 from factory_train.data.manifest import MANIFEST_NAME, SOURCE_NAME, TOKENIZER_NAME, DataManifest, digest
-from factory_train.data.source import is_held_out
-from factory_train.data.tokenizer import Tokenizer
+from factory_train.data.tokenizer import END_OF_TEXT, Tokenizer
 from factory_train.errors import ConfigError, DataError, FactoryTrainError, PreflightError
 from factory_train.units import format_bytes
 
@@ -199,7 +198,7 @@ def _tokenizer(
     """Returns the tokenizer of the dataset, which is stored there by now; one that is trained is trained once."""
     path = partial / TOKENIZER_NAME
     if chosen is None and path.exists():
-        eos_id = Tokenizer.load(path, None).token_id("<|endoftext|>")
+        eos_id = Tokenizer.load(path, None).token_id(END_OF_TEXT)
         return ChosenTokenizer(asked.word, path.read_bytes(), eos_id)
     if chosen is None:
         if asked.word == "bpe":
@@ -221,8 +220,7 @@ def _training_texts(files: Sequence[InputFile], chunks: Sequence[Chunk], request
             for passage in passages(
                 files[span.file], span, column=request.field, by_line=request.by_line, rejects=rejects, read=lambda _: None
             ):
-                held_out = passage.split == "validation" if passage.split else is_held_out(passage.name, request.validation_fraction)
-                if not held_out:
+                if not passage.is_held_out(request.validation_fraction):
                     yield passage.text[:room]
                     room -= len(passage.text)
                 if room <= 0:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from factory_train.data.corpus.chunks import Span
 from factory_train.data.corpus.inputs import InputFile, check_column, open_parquet, which_field
+from factory_train.data.source import is_held_out
 from factory_train.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -35,6 +36,10 @@ class Passage:
     split: str | None = None
     begins: bool = True
     ends: bool = True
+
+    def is_held_out(self, validation_fraction: float) -> bool:
+        """Returns whether it belongs to the validation split."""
+        return self.split == "validation" if self.split else is_held_out(self.name, validation_fraction)
 
 
 @dataclass

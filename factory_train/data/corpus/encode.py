@@ -17,7 +17,6 @@ from factory_train.data.corpus.documents import Passage, Rejects, passages
 from factory_train.data.corpus.inputs import InputFile
 from factory_train.data.corpus.request import Request
 from factory_train.data.shards import HashedFile, stored, token_dtype
-from factory_train.data.source import is_held_out
 from factory_train.data.tokenizer import Tokenizer, pieces
 
 CHUNKS = "chunks"
@@ -97,7 +96,7 @@ class ChunkEncoder:
             data = passage.text.encode()
             texts.update(len(data).to_bytes(8, "little"))
             texts.update(data)
-            held_out = passage.split == "validation" if passage.split else is_held_out(passage.name, self._request.validation_fraction)
+            held_out = passage.is_held_out(self._request.validation_fraction)
             self._append(validation if held_out else train, passage, ids, len(data), in_parts=held_out)
         names = np.frombuffer(b"".join(validation.names), dtype="<u8")
         names.tofile(validation.path.with_suffix(".names"))

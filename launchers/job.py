@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,16 +178,6 @@ class Launcher(Protocol):
     def describe(self, job: JobSpec) -> str:
         """Returns what `submit` would start, for --dry-run."""
         ...
-
-
-def wait_until_ended(handle: JobHandle, timeout_s: float | None, poll_s: float) -> bool:
-    """Waits for a job that can only be asked how it stands; returns whether it has ended."""
-    limit = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
-    while handle.status() != "ended":
-        if time.monotonic() >= limit:
-            return False
-        time.sleep(max(0.0, min(poll_s, limit - time.monotonic())))
-    return True
 
 
 def failed_first(paths: Iterable[Path], attempt: Attempt) -> list[Path]:

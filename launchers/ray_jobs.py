@@ -22,12 +22,12 @@ from factory_train import storage, switches
 from factory_train.config import LauncherConfig
 from factory_train.errors import ConfigError, ExitCode, PreflightError, UnavailableError
 from factory_train.launchers import ray_api, ray_own, ray_room
-from factory_train.launchers.job import STAGES, Gang, JobSpec, failed_first, wait_until_ended
+from factory_train.launchers.job import STAGES, Gang, JobSpec, failed_first
 from factory_train.launchers.ray_api import RayApi
 from factory_train.launchers.ray_room import Wanted
-from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
+from factory_train.launchers.scheduler_handle import SchedulerHandle
+from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt
 
-_POLL_S = 1.0
 _FRESH_S = 1.0
 # A dashboard that does not answer for a while has not lost its jobs.
 _PATIENCE_S = 60.0
@@ -60,31 +60,11 @@ class RayJob:
 
 
 @dataclass
-class RayHandle:
-    """A job in the hands of a Ray cluster.
+class RayHandle(SchedulerHandle):
+    """A job in the hands of a Ray cluster."""
 
-    Args:
-        job: content of job.json.
-    """
-
-    job: dict[str, Any]
     _api: RayApi | None = field(default=None, repr=False)
     _seen: tuple[float, RayJob | None] | None = field(default=None, repr=False)
-
-    @property
-    def attempt(self) -> Attempt:
-        return Attempt(RunDir(Path(self.job["run_dir"])), self.job["attempt"])
-
-    @property
-    def job_ids(self) -> list[str]:
-        return list(self.job["job_ids"])
-
-    @property
-    def exit_code(self) -> int | None:
-        return None
-
-    def to_json(self) -> dict[str, Any]:
-        return self.job
 
     def queued(self) -> RayJob | None:
         """Returns the job while it runs or waits; None when it has ended. Asks at most once a second.
@@ -186,9 +166,6 @@ class RayHandle:
         newest.write_verdict(outcome, ExitCode.INTERRUPTED, step=None, reason=reason)
         self._connected().stop(self.job["job_id"])
         self._seen = None
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        return wait_until_ended(self, timeout_s, _POLL_S)
 
 
 @dataclass(frozen=True)

@@ -14,39 +14,16 @@ import factory_train
 from factory_train import storage, switches
 from factory_train.errors import ConfigError, ExitCode, PreflightError
 from factory_train.launchers import slurm_preflight, slurm_queue, slurm_script
-from factory_train.launchers.job import STAGES, Gang, JobSpec, failed_first, wait_until_ended
+from factory_train.launchers.job import STAGES, Gang, JobSpec, failed_first
+from factory_train.launchers.scheduler_handle import SchedulerHandle
 from factory_train.launchers.slurm_queue import QueuedJob
-from factory_train.run_dir import Attempt, RunDir
 
-_POLL_S = 1.0
 SPEC_NAME = "slurm.json"
 
 
 @dataclass
-class SlurmHandle:
-    """A job in Slurm's hands.
-
-    Args:
-        job: content of job.json.
-    """
-
-    job: dict[str, Any]
-
-    @property
-    def attempt(self) -> Attempt:
-        return Attempt(RunDir(Path(self.job["run_dir"])), self.job["attempt"])
-
-    @property
-    def job_ids(self) -> list[str]:
-        """The job, and those of its chain behind it."""
-        return list(self.job["job_ids"])
-
-    @property
-    def exit_code(self) -> int | None:
-        return None
-
-    def to_json(self) -> dict[str, Any]:
-        return self.job
+class SlurmHandle(SchedulerHandle):
+    """A job in Slurm's hands."""
 
     def queued(self) -> QueuedJob | None:
         """Returns the line of squeue about the job that runs, else the first that waits; None when none is left.
@@ -104,9 +81,6 @@ class SlurmHandle:
         else:
             # The file alone would be seen within seconds; the signal makes it sooner.
             slurm_queue.signal_steps(job.id, "INT")
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        return wait_until_ended(self, timeout_s, _POLL_S)
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,13 @@ class NodeAgent:
 
     def poll(self) -> tuple[list[Exit], int, bool]:
         """Returns what has ended so far, how many still run, and whether a notice was passed on."""
-        for child in self._children:
-            if not child.swept and not child.running:
+        # One look at each: a child that ends meanwhile is reported next time, when what is to be said of its end has been written.
+        ended = [child for child in self._children if not child.running]
+        for child in ended:
+            if not child.swept:
                 child.sweep()
                 self._note_end(child)
-        exits = [Exit(child.rank, self._code(child)) for child in self._children if not child.running]
+        exits = [Exit(child.rank, self._code(child)) for child in ended]
         return exits, len(self._children) - len(exits), bool(self._told)
 
     def signal(self, name: str) -> None:

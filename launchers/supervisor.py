@@ -95,7 +95,8 @@ class Supervisor:
         failed: Child | None = None
         while True:
             ended = self._collect(ranks)
-            running = [child for child in ranks if child.running]
+            # Not by another look: a rank that has failed meanwhile would be neither running nor among those that ended.
+            running = [child for child in ranks if not child.swept]
             now = time.monotonic()
             if self._inbox.at_once:
                 self._end(running, "asked to end at once")

@@ -12,11 +12,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from factory_train.launchers.job import WorkerEnv
 from factory_train.launchers.lifeline import end_with_launcher
+from factory_train.run_dir import process_started_at
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 def main() -> int:
@@ -34,8 +36,20 @@ def main() -> int:
         # As a rank does: some launchers start it with these blocked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     print(f"{stage} rank {env.rank} of {env.world_size} does: {action}", flush=True)
-    (attempt.path / f"started-{stage}-{env.rank}").write_text(str(os.getpid()))
+    started = attempt.path / f"started-{stage}-{env.rank}"
+    started.with_suffix(".part").write_text(str(os.getpid()))
+    started.with_suffix(".part").rename(started)
+    if stage == "train" and action in ("raise", "silent", "killed", "blames-peer", "killed-late"):
+        # Nothing fails before all are there, however slowly their processes start.
+        for rank in range(env.world_size):
+            _await(lambda rank=rank: (attempt.path / f"started-train-{rank}").exists())
     return _act(action, stops, env)
+
+
+def _await(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _act(action: str, stops: list[int], env: WorkerEnv) -> int:
@@ -71,10 +85,11 @@ def _act(action: str, stops: list[int], env: WorkerEnv) -> int:
         case "blames-peer":
             # Loses its peer and reports that before the launcher can.
             attempt.record_error({"rank": env.rank, "host": "here", "message": "connection closed by peer"})
-            time.sleep(0.3)
+            peer = int((attempt.path / f"started-train-{1 - env.rank}").read_text())
+            _await(lambda: process_started_at(peer) is None)
             return 1
         case "killed-late":
-            time.sleep(0.2)
+            _await(attempt.error_path.exists)
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang" | "unready":
             # Signals are noted and not acted upon, as in a collective whose peer is gone.

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_end import Quiet, dies_after_a_look
 
 from factory_train.config import Config
 from factory_train.errors import ConfigError, PreflightError, UnavailableError
+from factory_train.launchers.child import Child
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.job import Gang, JobSpec, WorkerEnv
 from factory_train.launchers.local import LocalHandle, LocalLauncher
+from factory_train.launchers.supervisor import Supervisor
 from factory_train.run_dir import Attempt, RunDir, process_started_at
 
 TESTS = Path(__file__).parent
@@ -34,24 +38,26 @@ def _scripts_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def submit(tmp_path: Path) -> Iterator[Callable[..., LocalHandle]]:
     handles = []
 
-    def start(script: dict[str, str], *, ranks: int = 2, detach: bool = False, run: str = "run", **spec: Any) -> LocalHandle:
+    def start(
+        script: dict[str, str], *, ranks: int = 2, detach: bool = False, run: str = "run", launcher: LocalLauncher = LAUNCHER, **spec: Any
+    ) -> LocalHandle:
         attempt = new_attempt(tmp_path, run)
         environ = {"SCRIPT": json.dumps(script), **spec.pop("environ", {})}
         job = JobSpec(attempt, (Gang("main", 1, ranks),), environ=environ, **spec)
-        handles.append(LAUNCHER.submit(job, detach=detach))
+        handles.append(launcher.submit(job, detach=detach))
         return handles[-1]
 
     yield start
     for handle in handles:
         handle.cancel(now=True)
-        assert handle.wait(20)
+        assert handle.wait(60)
 
 
 def new_attempt(root: Path, run: str = "run") -> Attempt:
     return RunDir.create(root, "fake", run).new_attempt(Config(recipe="fake"))
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -70,7 +76,7 @@ def gone(processes: list[int]) -> bool:
 
 
 def finished(handle: LocalHandle) -> tuple[str, int | None]:
-    assert handle.wait(30)
+    assert handle.wait(60)
     verdict = handle.attempt.verdict()
     assert verdict is not None
     assert verdict.exit_code == handle.exit_code
@@ -128,6 +134,21 @@ def test_a_killed_rank_is_the_cause_even_if_its_peer_complained_first(submit: Ca
     assert error is not None
     assert (error["rank"], error["signal"]) == (1, "SIGKILL")
     assert error["followed_by"]["rank"] == 0
+
+
+def test_a_rank_that_dies_while_the_supervisor_looks_is_not_taken_for_done(
+    submit: Callable[..., LocalHandle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was alive at one look and gone at the next: the run has failed, whichever look was first."""
+    job = submit({}, ranks=1, run="model").job
+    monkeypatch.setattr(Child, "running", dies_after_a_look())
+    monkeypatch.setenv("SCRIPT", json.dumps({"train:0": "killed"}))
+    attempt = new_attempt(tmp_path)
+    supervisor = Supervisor(attempt, job | {"stages": ["train"], "environ": {}}, Quiet())
+    assert supervisor.run() == 1
+    verdict = attempt.verdict()
+    assert verdict is not None
+    assert verdict.reason == "rank 0: killed by SIGKILL"
 
 
 def test_a_rank_that_exits_silently_is_reported_with_its_last_words(submit: Callable[..., LocalHandle]) -> None:
@@ -216,7 +237,7 @@ def test_another_process_can_attach_and_end_the_job(submit: Callable[..., LocalH
     assert other.status() == "running"
     assert handle.attempt.log_path("rank-00000") in other.logs()
     other.cancel()
-    assert other.wait(20)
+    assert other.wait(60)
     assert finished(handle) == ("interrupted", 130)
 
 
@@ -239,7 +260,7 @@ def test_no_rank_outlives_a_killed_supervisor(submit: Callable[..., LocalHandle]
     until(lambda: gone(processes))
     assert handle.attempt.verdict() is None
     assert not handle.attempt.run.is_alive()
-    assert handle.wait(20)
+    assert handle.wait(60)
     assert handle.exit_code == 1
 
 
@@ -278,7 +299,7 @@ def test_the_death_of_the_submitter_saves_and_stops_unless_detached(tmp_path: Pa
         assert not handle.wait(0.5)
         assert not gone(processes)
         handle.cancel()
-    assert handle.wait(20)
+    assert handle.wait(60)
     verdict = attempt.verdict()
     assert verdict is not None
     assert verdict.outcome == ("interrupted" if mode == "detach" else "preempted")
@@ -296,7 +317,7 @@ def test_two_jobs_at_once_do_not_touch_each_other(submit: Callable[..., LocalHan
 
 
 def test_the_syncer_sees_the_verdict_and_cannot_change_it(submit: Callable[..., LocalHandle]) -> None:
-    handle = submit({}, ranks=1, tracker=True)
+    handle = submit({}, ranks=1, tracker=True, launcher=replace(LAUNCHER, tracker_grace_s=60.0))
     assert finished(handle) == ("done", 0)
     assert "saw the verdict" in handle.attempt.log_path("sync").read_text()
     stuck = submit({}, ranks=1, tracker=True, run="stuck", environ={"HANG": "1"})
@@ -316,7 +337,7 @@ def test_a_run_directory_that_fills_up_still_ends_every_process(submit: Callable
     handle.attempt.path.rename(hidden)
     handle.signal(signal.SIGTERM)
     handle.signal(signal.SIGQUIT)
-    assert handle.wait(20)
+    assert handle.wait(60)
     assert handle.exit_code not in (0, None)
     assert gone(processes)
 
@@ -326,7 +347,7 @@ def test_a_superseded_job_writes_no_verdict_and_says_so(submit: Callable[..., Lo
     pids(handle.attempt, "train-0")
     handle.attempt.run.new_attempt(Config(recipe="fake"))
     handle.cancel(now=True)
-    assert handle.wait(20)
+    assert handle.wait(60)
     assert handle.exit_code == 130
     assert handle.attempt.verdict() is None
 

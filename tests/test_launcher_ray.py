@@ -18,12 +18,14 @@ import command
 import pytest
 from checkpoint_cases import new_run
 from conftest import REPOSITORY
+from scripted_end import Quiet, dies_after_a_look
 
 from factory_train import storage, switches
 from factory_train.config import ElasticConfig, LauncherConfig
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
 from factory_train.launchers import ray_api, ray_entry, ray_jobs, ray_own, ray_room
 from factory_train.launchers.by_name import is_alive
+from factory_train.launchers.child import Child
 from factory_train.launchers.job import WorkerEnv
 from factory_train.launchers.ray_agent import NodeAgent
 from factory_train.launchers.ray_api import RayApi
@@ -253,16 +255,6 @@ def test_ray_keys_that_cannot_be_right_are_refused(options: LauncherConfig, key:
     assert refused.value.fix
 
 
-class Quiet:
-    """An inbox that nothing comes into; a real one would take the signals of the tests for itself."""
-
-    received: tuple[int, ...] = ()
-    stop = None
-
-    def wait(self, timeout_s: float) -> None:
-        time.sleep(min(timeout_s, 0.05))
-
-
 QUIET: Any = Quiet()
 
 
@@ -415,7 +407,7 @@ class Script:
         self.agent.start(stage, [replace(orders, rank=rank, local_rank=rank) for rank in range(size)])
 
     def exits(self, count: int) -> dict[int, int]:
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 60
         while len(found := self.agent.poll()[0]) < count:
             assert time.monotonic() < limit
             time.sleep(0.05)
@@ -440,11 +432,29 @@ def test_an_agent_reports_its_ranks_and_explains_the_one_that_died(tmp_path: Pat
         node.close()
 
 
+def test_an_agent_explains_an_end_before_it_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the rank dies while the agent looks: who hears of the last end goes on at once."""
+    monkeypatch.setattr(Child, "running", dies_after_a_look())
+    node = Script(tmp_path, monkeypatch, {"train:1": "killed"})
+    try:
+        node.start("train", 2)
+        found: list[int] = []
+        limit = time.monotonic() + 60
+        while len(found) < 2:
+            assert time.monotonic() < limit
+            found = [end.rank for end in node.agent.poll()[0]]
+            assert (0 in found) == (node.attempt.launch / "train.done").exists()
+            assert (1 in found) == (node.attempt.error() is not None)
+            time.sleep(0.02)
+    finally:
+        node.close()
+
+
 def test_a_notice_to_an_agent_reaches_its_ranks_and_counts_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     node = Script(tmp_path, monkeypatch, {"train:0": "train", "train:1": "train"})
     try:
         node.start("train", 2)
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 60
         while not all((node.attempt.path / f"started-train-{rank}").exists() for rank in (0, 1)):
             assert time.monotonic() < limit
             time.sleep(0.05)
@@ -465,7 +475,7 @@ def test_an_agent_ends_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     try:
         node.start("train", 1)
         grandchild = node.attempt.path / "grandchild"
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 60
         while not grandchild.exists() or not grandchild.read_text():
             assert time.monotonic() < limit
             time.sleep(0.05)

@@ -14,7 +14,7 @@ from factory_train.errors import FactoryTrainError
 
 # Signs of life in one `silence_s`.
 _BEATS_IN_SILENCE = 8
-_LONGEST_BEAT_S = 1.0
+LONGEST_BEAT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,20 @@ class Membership:
         beat: name, incarnation, layout and checkpoints of this island.
         planner: see there.
         record: called with the name of an event and its facts.
+        beat_s: most seconds between two signs of life, and two looks at those of the others.
     """
 
-    def __init__(self, board: FolderBoard, rules: Rules, beat: Beat, planner: Planner, record: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        board: FolderBoard,
+        rules: Rules,
+        beat: Beat,
+        planner: Planner,
+        record: Callable[..., None],
+        beat_s: float = LONGEST_BEAT_S,
+    ) -> None:
         self._board, self._rules, self._planner, self._record = board, rules, planner, record
+        self._beat_s = min(beat_s, rules.silence_s / _BEATS_IN_SILENCE)
         self._beat, self._lock = beat, threading.Lock()
         self._coordination = Coordination(rules, beat.island, beat.incarnation)
         self._moved: dict[str, tuple[int, int, float]] = {}
@@ -120,8 +130,7 @@ class Membership:
     # The thread
 
     def _run(self) -> None:
-        every_s = min(_LONGEST_BEAT_S, self._rules.silence_s / _BEATS_IN_SILENCE)
-        while not self._closed.wait(every_s):
+        while not self._closed.wait(self._beat_s):
             try:
                 with self._lock:
                     self._beat = replace(self._beat, count=self._beat.count + 1)

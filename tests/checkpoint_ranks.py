@@ -263,11 +263,14 @@ def save_three_beside(rank: int, world: int, strategy: str, attempt: Attempt) ->
 
 
 def save_until(rank: int, world: int, strategy: str, attempt: Attempt, seconds: float) -> int:
-    """Saves again and again, beside training and keeping the newest alone; returns how often. Steps begin with 2."""
+    """Saves again and again, beside training and keeping the newest alone; returns how often. Steps begin with 2.
+
+    It ends after so many seconds, but not before the file `enough` is in the run's folder.
+    """
     deadline, step = time.monotonic() + seconds, 1
     with contextlib.closing(make_saver(rank, world, attempt, keep_last=1)) as saver:
         while True:
-            late = torch.tensor([float(time.monotonic() > deadline)])
+            late = torch.tensor([float(time.monotonic() > deadline and (attempt.run.path / "enough").exists())])
             torch.distributed.all_reduce(late)
             if late.item():
                 break

@@ -21,15 +21,17 @@ from torch._C import _distributed_c10d as c10d
 
 def main() -> None:
     rank, world_size, folder, case = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    timeout = datetime.timedelta(seconds=4)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=100))
     value = torch.ones(3, 2)
     for _ in range(5):
         dist.all_reduce(value)
+    # Only now: processes may start long after each other.
+    dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(datetime.timedelta(seconds=4))
     with contextlib.suppress(RuntimeError):
         if case == "behind" and rank == 1:
-            time.sleep(6)
+            while not all((folder / f"nccl_trace_rank_{other}").exists() for other in range(world_size) if other != rank):
+                time.sleep(0.05)
         elif case == "mismatch" and rank == 1:
             dist.broadcast(value, 0)
         else:

@@ -15,7 +15,7 @@ from factory_train.distributed.gloo_wire import GlooWire
 _NUMBER = iter(range(10**6))
 
 
-def run_islands(members: int, work: Callable[[GlooWire], Any], timeout_s: float = 20.0, wire: type[GlooWire] = GlooWire) -> list[Any]:
+def run_islands(members: int, work: Callable[[GlooWire], Any], timeout_s: float = 60.0, wire: type[GlooWire] = GlooWire) -> list[Any]:
     """Runs `work` once a member, each in a thread with its own wire, and returns what they return, or raise, in order."""
     store, name = dist.HashStore(), f"group{next(_NUMBER)}"
     results: list[Any] = [None] * members

@@ -29,7 +29,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         # A session of its own: the server's children end with it.
         process = subprocess.Popen(command, cwd=folder, env=ENVIRON, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not answers(uri):
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline, (folder / "log").read_text()

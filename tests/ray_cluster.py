@@ -91,7 +91,7 @@ class Cluster:
         """Tells the cluster that a node will be taken away."""
         words = ("drain-node", "--address", self.ray.address, "--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION")
         more = ("--reason-message", "spot", "--deadline-remaining-seconds", str(seconds))
-        done = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words, *more], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words, *more], capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

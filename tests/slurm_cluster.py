@@ -74,7 +74,7 @@ class Cluster:
         return done.stdout
 
     def slurm(self, *words: str) -> str:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

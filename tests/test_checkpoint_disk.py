@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checkpoint_ranks as ranks
 import command
+import psutil
 import pytest
 from checkpoint_cases import Bench, found, history, names, next_attempt, tree, until
 
@@ -42,6 +42,15 @@ def fill(disk: Path) -> Path:
         while True:
             file.write(bytes(1 << 12))
     return filler
+
+
+def seconds_used(pid: int) -> float:
+    """Returns the processor time that the processes below one have taken."""
+    total = 0.0
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            total += sum(process.cpu_times()[:2])
+    return total
 
 
 def one_lost_save(bench: Bench, attempt: Attempt, break_it: Callable[[], object], mend_it: Callable[[], object], word: str) -> None:
@@ -127,13 +136,15 @@ def test_a_disk_that_is_full_for_a_while_ends_no_run_and_loses_no_row(tmp_path: 
             attempt = run.last_attempt() if (run.path / "attempts").is_dir() else None
             return [event["step"] for event in (attempt.events() if attempt else []) if event["event"] == kind]
 
-        until(lambda: len(events("checkpoint")) >= 2, 60)
+        until(lambda: len(events("checkpoint")) >= 2, 120)
         filler = fill(disk)
-        time.sleep(2.0)
+        # Long enough for several saves, however little of a busy machine it gets.
+        used = seconds_used(process.pid)
+        until(lambda: seconds_used(process.pid) > used + 3.0, 120)
         last = events("checkpoint")[-1]
         filler.unlink()
         # What could not be told while the disk was full is told now.
-        until(lambda: events("checkpoint-failed") and events("checkpoint")[-1] > max(last, *events("checkpoint-failed")), 60)
+        until(lambda: events("checkpoint-failed") and events("checkpoint")[-1] > max(last, *events("checkpoint-failed")), 120)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130, out + err

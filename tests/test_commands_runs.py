@@ -48,10 +48,10 @@ def alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     yield start
     for handle in handles:
         handle.cancel(now=True)
-        assert handle.wait(20)
+        assert handle.wait(60)
 
 
-def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -179,16 +179,18 @@ def test_following_logs_goes_on_to_the_next_attempt_and_ends_with_the_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, first, config = synthetic_run.new_run(tmp_path)
-    monkeypatch.setattr(RunDir, "is_alive", lambda self: True)
+    looks: list[str] = []
+    monkeypatch.setattr(RunDir, "is_alive", lambda self: looks.append("and it lives") is None)
     # The first half of a two-byte character.
     first.log_path("rank-00000").write_bytes(b"one \xc3")
 
     def go_on() -> None:
-        time.sleep(0.5)
+        until(lambda: len(looks) >= 2)
         with open(first.log_path("rank-00000"), "ab") as file:
             file.write(b"\xa9\n")
         second = run.new_attempt(config)
-        time.sleep(0.5)
+        seen = len(looks)
+        until(lambda: len(looks) >= seen + 2)
         storage.write_atomic(second.log_path("rank-00000"), "two\n")
         second.write_verdict("done", 0, step=1, reason="fine")
 

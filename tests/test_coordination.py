@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Epoch, FolderBoard, Lease
-from factory_train.distributed.coordination import Coordination, Decision, Rules, View
+from factory_train.distributed.coordination import Coordination, Decision, Rules, View, largest_whole
+from factory_train.distributed.reach import Reach
 
 RULES = Rules(("a", "b", "c"), quorum=1, silence_s=5.0, grace_s=20.0)
 LEASE = Lease(1, "a", 1)
@@ -85,6 +87,95 @@ def test_a_member_that_lives_but_does_not_come_is_late() -> None:
     assert decision.lost == {"b": "late"}
 
 
+def test_what_members_have_waited_counts_against_the_grace_time() -> None:
+    scene = Scene()
+    scene.says("a", state=BROKEN, waited_s=19.0)
+    scene.says("c", state=BROKEN, waited_s=15.0)
+    assert scene.decisions(0.0)["a"] == Decision()
+    # b may have noticed with the others, a moment later.
+    assert scene.decisions(2.0)["a"] == Decision()
+    decision = scene.decisions(1.0)["a"]
+    assert decision.survivors == ("a", "c")
+    assert decision.lost == {"b": "late"}
+
+
+def broken(scene: Scene, **reaches: str) -> None:
+    for name in scene.beats:
+        scene.says(name, state=BROKEN, reaches=tuple(reaches[name]) if name in reaches else None)
+
+
+def test_after_a_failure_that_nobodys_end_explains_all_try_again_if_they_reach_each_other() -> None:
+    scene = Scene()
+    broken(scene, a="bc", b="ac")
+    assert scene.decisions()["a"] == Decision(), "c does not know yet"
+    broken(scene, a="bc", b="ac", c="ab")
+    assert scene.decisions(0.1)["a"] == Decision(survivors=("a", "b", "c"))
+    scene = Scene()
+    broken(scene, a="bc", b="ac")
+    scene.decisions()
+    assert scene.decisions(11.0)["a"].survivors == ("a", "b", "c"), "one that does not say whom it reaches is not held against it"
+
+
+def test_a_cut_that_lasts_parts_the_islands() -> None:
+    scene = Scene()
+    broken(scene, a="b", b="ac", c="b")
+    assert scene.decisions()["a"] == Decision()
+    assert scene.decisions(19.0)["a"] == Decision(), "it may be mended"
+    decision = scene.decisions(2.0)["a"]
+    assert decision == Decision(survivors=("a", "b"), lost={"c": "cannot reach all others"})
+
+
+@pytest.mark.parametrize(
+    ("reaches", "coordinator", "together"),
+    [
+        ({"a": "bc", "b": "ac", "c": "ab"}, "a", "abc"),
+        ({"a": "b", "b": "ac", "c": "b"}, "a", "ab"),
+        ({"a": "b", "b": "ac", "c": "b"}, "c", "bc"),
+        ({"a": "b", "b": "a"}, "b", "ab"),
+        ({"a": "", "b": ""}, "b", "b"),
+        # Hearing in one direction is not enough.
+        ({"a": "bc", "b": "ac", "c": "a"}, "b", "ab"),
+        # The larger part, even without the coordinator.
+        ({"a": "", "b": "c", "c": "b"}, "a", "bc"),
+        ({"a": "bcd", "b": "acd", "c": "abd", "d": "abc"}, "a", "abcd"),
+        ({"a": "bd", "b": "ac", "c": "bd", "d": "ac"}, "d", "ad"),
+    ],
+)
+def test_the_largest_part_whose_islands_all_reach_each_other_goes_on(reaches: dict[str, str], coordinator: str, together: str) -> None:
+    assert largest_whole({name: tuple(found) for name, found in reaches.items()}, coordinator) == tuple(together)
+
+
+def test_a_part_below_the_quorum_waits_for_the_link() -> None:
+    scene = Scene(replace(RULES, quorum=3))
+    broken(scene, a="b", b="ac", c="b")
+    scene.decisions()
+    assert scene.decisions(99.0)["a"] == Decision()
+    broken(scene, a="bc", b="ac", c="ab")
+    assert scene.decisions(1.0)["a"].survivors == ("a", "b", "c")
+
+
+def test_an_island_is_reached_under_its_own_name_only_and_as_long_as_it_is_there() -> None:
+    here, there = Reach("a"), Reach("b")
+    try:
+
+        def answers(**others: str) -> tuple[str, ...]:
+            here.forget()
+            limit = time.monotonic() + 60
+            while (found := here.look(others)) is None:
+                assert time.monotonic() < limit
+                time.sleep(0.01)
+            return found
+
+        assert answers(b=there.address, a=here.address) == ("a", "b")
+        assert answers(c=there.address) == ()
+        assert answers(b="nowhere") == ()
+        there.close()
+        assert answers(b=there.address) == ()
+    finally:
+        here.close()
+        there.close()
+
+
 def test_too_few_do_not_go_on() -> None:
     scene = Scene(replace(RULES, quorum=2))
     scene.says("a", state=BROKEN)
@@ -116,6 +207,10 @@ def test_a_coordinator_that_is_no_member_any_more_hands_over() -> None:
 def test_who_comes_back_is_admitted_by_the_coordinator_alone() -> None:
     scene = Scene(epoch=Epoch(2, 1, {"a": 1, "c": 1}))
     scene.says("b", state=JOINING, incarnation=2)
+    assert scene.decisions()["a"].admit == ()
+    scene.says("b", reaches=("c",))
+    assert scene.decisions()["a"].admit == (), "it would only make the next epoch fail"
+    scene.says("b", reaches=("a", "c"))
     decisions = scene.decisions()
     assert decisions["a"].admit == ("b",)
     assert decisions["c"] == Decision()

@@ -132,7 +132,7 @@ def test_two_processes_at_once_make_one_dataset(config: DataConfig, cache: Path)
         f" [time.sleep(0.01) for _ in iter(lambda: len(os.listdir({str(gate)!r})), 2)]); line.endswith('tokenizer') and print('built')"
     )
     children = [in_child(config, cache, wait) for _ in range(2)]
-    results = [child.communicate(timeout=60) for child in children]
+    results = [child.communicate(timeout=120) for child in children]
     assert [child.returncode for child in children] == [0, 0], results
     outputs = [stdout.split() for stdout, _ in results]
     assert outputs[0][-1] == outputs[1][-1]
@@ -143,7 +143,7 @@ def test_two_processes_at_once_make_one_dataset(config: DataConfig, cache: Path)
 @pytest.mark.parametrize("stage", ["making the", "encoding", "counting", "is ready"])
 def test_process_killed_midway_leaves_nothing_that_passes_for_data(config: DataConfig, cache: Path, stage: str) -> None:
     child = in_child(config, cache, f"{stage!r} in line and os.kill(os.getpid(), signal.SIGKILL)")
-    child.communicate(timeout=60)
+    child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
     assert [name for name in os.listdir(cache / "datasets") if not name.startswith(".")] == []
     assert find_prepared(config, cache) is None

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from faulty_links import Links, install
 from toy_islands import Toy, config, equal, run_toys, train
 
-from factory_train.distributed.board import FolderBoard, Lease
-from factory_train.distributed.gloo_wire import GlooWire
+from factory_train.distributed.board import BROKEN, FolderBoard, Lease
 from factory_train.errors import FactoryTrainError, IntegrityError
 
 # Silence and grace where a test waits for their end; an island's threads must not be kept from running for so long.
@@ -214,48 +214,68 @@ def test_an_island_whose_parameters_are_not_finite_is_left_out_and_mended(tmp_pa
     assert [row["counted"] for row in toys[1].rows("sync")] == [1, 0, 1, 1, 1]
 
 
-class CutWire(GlooWire):
-    """A wire over a link that is cut now and then."""
-
-    is_cut = threading.Event()
-
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.look()
-
-    def look(self) -> None:
-        if self.is_cut.is_set():
-            self.close()
-            raise RuntimeError("connection reset")
-
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        self.look()
-        super().all_to_all(received, sent)
-
-    def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        self.look()
-        super().all_gather(received, sent)
-
-
 def test_after_a_link_was_cut_and_is_back_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factory_train.distributed.exchange.GlooWire", CutWire)
-    cfg = config(islands=2, sync_every=6, fragments=3, delay=2, payload="int4", grace_s=2.0)
+    """What is mended within the grace time costs no more than the wait."""
+    links = Links(tmp_path / "links.json")
+    install(links, monkeypatch.setattr)
+    cfg = config(islands=2, sync_every=6, fragments=3, delay=2, payload="int4", grace_s=60.0)
     toys = [Toy(tmp_path / "cut", f"island-{index}", cfg, 60) for index in range(2)]
     (tmp_path / "cut").mkdir()
+    board = FolderBoard(tmp_path / "cut")
+
+    def mend() -> None:
+        while not all(beat.state == BROKEN and beat.reaches == [] for beat in board.beats().values()):
+            time.sleep(0.05)
+        links.set(cut=[])
 
     def cut(toy: Toy, step: int) -> None:
-        time.sleep(0.01)
-        if step == 20 and toy is toys[0]:
-            CutWire.is_cut.set()
-            threading.Timer(2.5, CutWire.is_cut.clear).start()
+        if step == 20:
+            links.set(cut=[["island-0", "island-1"]])
+            threading.Thread(target=mend, daemon=True).start()
 
-    for toy in toys:
-        toy.before_step = cut
+    toys[0].before_step = cut
     run_toys(toys)
     check_same(*toys)
     assert toys[0].outer.epoch.number > 1
+    assert not any(toy.rows("diloco-left-behind") for toy in toys)
     undisturbed = train(tmp_path / "whole", cfg=cfg, steps=60)
     assert equal(toys[0].values, undisturbed[0].values), "the same codes were sent again"
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["reset", "silent"])
+def test_where_a_link_stays_cut_the_largest_part_goes_on_and_the_rest_joins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    links = Links(tmp_path / "links.json")
+    install(links, monkeypatch.setattr)
+    cfg = config(islands=3, grace_s=LATE_S)
+    board = FolderBoard(tmp_path)
+    toys = [Toy(tmp_path, f"island-{index}", cfg, 160) for index in range(3)]
+    back = lambda: any(toy.rows("diloco-joined") for toy in toys)  # noqa: E731
+    crawl = unhurried(back)
+
+    def cut(toy: Toy, step: int) -> None:
+        if step == 9 and toy is toys[0]:
+            links.set(cut=[["island-0", "island-2"]], silent=silent)
+        parted = len(board.epoch().members) == 2
+        if parted and links.get()["cut"] and step >= 20:
+            links.set(cut=[])
+        crawl(toy, step)
+
+    for toy in toys:
+        toy.before_step = cut
+    finish(*map(start, toys))
+    check_same(*toys)
+    (outside,) = [toy for toy in toys if toy.rows("diloco-left-behind")]
+    assert outside is not toys[1], "it reaches both others"
+    assert [len(toy.samples) for toy in toys if toy is not outside] == [160, 160]
+    (parting,) = [row for toy in toys for row in toy.rows("diloco-epoch") if "cannot reach" in row["message"]]
+    assert f"{outside.name} cannot reach all others" in parting["message"]
+    assert len(outside.rows("diloco-joined")) == 1
+    # It was not let in, and no round failed for it, as long as the link was cut.
+    assert max(row["members"] for row in toys[1].rows("sync") if row["step"] in (16, 20)) == 2
+    assert toys[1].rows("sync")[-1]["members"] == 3
+    print(f"the others waited {max(row['waited_s'] for row in toys[1].rows('sync')):.2f} s at most")
 
 
 def test_who_comes_when_all_is_done_does_not_begin_anew(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def island_settings(text_file: Path, root: Path, layout: str = "single", precisi
     cfg = small_config(text_file, layout, precision)
     cfg.recipe, cfg.train.steps, cfg.train.deterministic = "islands", STEPS, True
     cfg.data.cache_dir = str(root / "data")
-    settings = {"islands": 2, "sync_every": 4, "fragments": 2, "delay": 1, "payload": "int4", "silence_s": 2.0, "grace_s": 30.0}
+    settings = {"islands": 2, "sync_every": 4, "fragments": 2, "delay": 1, "payload": "int4", "silence_s": 15.0, "grace_s": 60.0}
     cfg.diloco = DilocoConfig(**settings | diloco)
     return cfg
 

@@ -212,7 +212,7 @@ def test_interrupted_it_ends_at_once_says_so_and_goes_on_later(tmp_path: Path) -
         time.sleep(0.01)
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     done = prepare(path, "vocab_size=400", "out=out", cwd=tmp_path)

@@ -64,14 +64,14 @@ class Script:
         )
 
     def until(self, name: str) -> None:
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 120
         while not (self.folder / name).exists():
             assert time.monotonic() < limit, name
             time.sleep(0.05)
 
     def ended(self) -> int:
         """Waits for the script; checks that neither steps nor folders nor the token are left."""
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=120)
         for step in self.folder.glob("step-*"):
             pid = int(step.name[5:])
             with pytest.raises(ProcessLookupError):
@@ -122,7 +122,7 @@ def test_a_head_that_goes_away_ends_the_job(tmp_path: Path) -> None:
 
 def test_a_restart_that_is_asked_to_stop_before_it_has_begun_is_requeued(tmp_path: Path) -> None:
     script = Script(tmp_path, "train", SLURM_RESTART_COUNT="1")
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + 120
     while script.read("started").count("\n") < 2:
         assert time.monotonic() < limit
         time.sleep(0.05)

@@ -136,7 +136,7 @@ def test_a_signal_saves_and_the_same_command_continues(folder: Path, signum: int
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code, out + err
     run = RunDir.open(folder / f"runs/llama_fsdp-{name}")
     verdict = run.last_attempt().verdict()

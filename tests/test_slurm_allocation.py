@@ -64,8 +64,8 @@ def test_what_a_person_stops_is_saved_and_leaves_other_steps_alone(cluster: Clus
     reached(run, 20)
     stopped = command.run("stop", run.name, cwd=folder)
     assert "interrupted" in stopped.stdout, stopped.stdout + stopped.stderr
-    assert beside.wait(timeout=60) == 0
-    process.communicate(timeout=60)
+    assert beside.wait(timeout=120) == 0
+    process.communicate(timeout=120)
     assert process.returncode == 130
     verdict = run.attempts()[0].verdict()
     assert verdict is not None
@@ -88,7 +88,7 @@ def test_ranks_do_not_outlive_the_command_that_started_them(cluster: Cluster, fo
         os.kill(int(child), signal.SIGKILL)
     verdict = until(lambda: run.attempts()[0].verdict())
     assert verdict.outcome in ("preempted", "failed-transient")
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     until(lambda: not cluster.slurm("squeue", "--noheader").strip())
 
 

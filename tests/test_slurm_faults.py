@@ -89,7 +89,7 @@ def test_scontrol_requeue(cluster: Cluster, undisturbed: RunDir, folder: Path) -
     following = command.start("logs", "-f", run.name, "--rank", "3", cwd=folder)
     cluster.slurm("scontrol", "requeue", job_id(run))
     check_nothing_was_repeated(run, undisturbed)
-    shown, _ = following.communicate(timeout=60)
+    shown, _ = following.communicate(timeout=120)
     assert following.returncode == 0
     assert "--- attempt 2 ---" in shown
 

@@ -321,14 +321,14 @@ def test_follow_ends_when_everything_is_sent(root: Path) -> None:
     results: list[SyncResult] = []
     follower = threading.Thread(target=lambda: results.append(sync(run, follow=True)))
     follower.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (state := load_state(run)) is None or state.rows_sent == 0:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert follower.is_alive()
     train(attempt, 11, 20)
     finish(run, attempt)
-    follower.join(20)
+    follower.join(60)
     assert results, "the follower did not end"
     assert [step for step, _, _ in curve(results[0], "train/loss")] == list(range(1, 21))
     assert fetched(results[0]).info.status == "FINISHED"

@@ -86,7 +86,7 @@ class Toy:
 
         planner = Planner(lambda resumes: (0, Deal.opening(cfg.sync_every, resumes).to_json()), after_failure, self.steps)
         rules = Rules(tuple(names), cfg.quorum, cfg.silence_s, cfg.grace_s)
-        membership = Membership(board, rules, Beat(self.name, self.incarnation), planner, self.record, beat_s=0.1)
+        membership = Membership(board, rules, Beat(self.name, self.incarnation), planner, self.record)
         exchange = Exchange(self.name, self.incarnation, Ranks(0, 1), Copies(), board, membership, state, cfg.grace_s)
         self.outer = OuterLoop(cfg, schedule, state, exchange, Copies(), self.load, self.record)
         return self.outer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ class Beat:
         step: completed inner steps.
         layout: what must be equal on all islands.
         resumes: steps of its own checkpoints, for a start from them.
+        address: where it can be hailed (`reach.Reach`).
+        waited_s: how long training has waited already when its round failed.
+        reaches: islands it found that it can reach since its state is what it is; None while it does not know.
     """
 
     island: str
@@ -44,6 +47,9 @@ class Beat:
     step: int = 0
     layout: str = ""
     resumes: tuple[int, ...] = ()
+    address: str = ""
+    waited_s: float = 0.0
+    reaches: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

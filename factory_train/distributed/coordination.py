@@ -3,14 +3,22 @@
 One island holds the coordinator's lease and makes epochs. When it is gone, the first living member takes the lease over. An
 epoch that nobody has left is never replaced by itself: a new one is made when a round failed, or when a round's notices said
 that islands will join after it.
+
+Where a round failed though all its members live, the way between some of them may be cut. Each finds out whom it reaches. What
+is not mended within the grace time parts the islands: the largest set of islands that all reach each other goes on; of several
+that are as large, one with the coordinator, then the one with the first names. The others join again when they reach all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from factory_train.distributed.board import BROKEN, JOINING, LEFT, Beat, Epoch, Lease
+
+# Whoever has not found out by then whom it reaches counts as one that reaches all.
+ASKING_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -21,13 +29,18 @@ class Rules:
         islands: names of all that may take part.
         quorum: fewest members of an epoch.
         silence_s: an island without a sign of life for so long is gone.
-        grace_s: how long a member that lives is waited for when a round has failed, and all islands at the start.
+        grace_s: how long training waits for a member that lives, or that cannot be reached; and all for each other at the start.
     """
 
     islands: tuple[str, ...]
     quorum: int = 1
     silence_s: float = 10.0
     grace_s: float = 60.0
+
+    @property
+    def settle_s(self) -> float:
+        """How long those that noticed a failure are given to say so, however long they have waited before."""
+        return self.grace_s / 8
 
 
 @dataclass(frozen=True)
@@ -82,8 +95,8 @@ class Coordination:
 
     def __init__(self, rules: Rules, island: str, incarnation: int) -> None:
         self._rules, self._island, self._incarnation = rules, island, incarnation
-        # When the failure of an epoch was first seen, and since when islands are waited for.
-        self._failed: tuple[int, float] | None = None
+        # The epoch that failed, when that was first seen, and since when its members wait; and since when islands are waited for.
+        self._failed: tuple[int, float, float] | None = None
         self._waiting_since: float | None = None
 
     def decide(self, view: View) -> Decision:
@@ -98,8 +111,9 @@ class Coordination:
         broken = [name for name in members if view.beats[name].state == BROKEN and view.beats[name].epoch == view.epoch.number]
         if broken:
             return self._after_failure(view, view.epoch, members, broken)
-        joining = self._joining(view)
-        return Decision(admit=tuple(name for name in joining if not view.epoch.has(name, view.beats[name].incarnation)))
+        joining = [name for name in self._joining(view) if not view.epoch.has(name, view.beats[name].incarnation)]
+        # One that does not reach all members would only make the next epoch fail.
+        return Decision(admit=tuple(name for name in joining if {*view.epoch.members} - {name} <= {*(view.beats[name].reaches or ())}))
 
     def _coordinates(self, view: View) -> bool:
         lease = view.lease
@@ -142,19 +156,49 @@ class Coordination:
         return Decision(start=joining) if enough else Decision()
 
     def _after_failure(self, view: View, epoch: Epoch, members: list[str], broken: list[str]) -> Decision:
-        """Goes on with those that report the failure; a member that lives has the grace time to do so."""
+        """Goes on with those that report the failure and reach each other; what may change is waited for as long as the grace time."""
+        waits_since = view.now - max(view.beats[name].waited_s for name in broken)
         if self._failed is None or self._failed[0] != epoch.number:
-            self._failed = epoch.number, view.now
+            self._failed = epoch.number, view.now, waits_since
+        _, seen_at, waits_since = self._failed = (*self._failed[:2], min(self._failed[2], waits_since))
+        patient = view.now - waits_since <= self._rules.grace_s or view.now - seen_at <= self._rules.settle_s
         late = [name for name in members if name not in broken]
-        if late and view.now - self._failed[1] <= self._rules.grace_s:
-            return Decision()
-        if len(broken) < self._rules.quorum:
+        if late and patient:
             return Decision()
         lost = {name: "late" if name in late else self._reason(view, epoch, name) for name in sorted(set(epoch.members) - set(broken))}
-        return Decision(survivors=tuple(broken), lost=lost)
+        together = tuple(broken)
+        if not lost:
+            reaches = {name: view.beats[name].reaches for name in broken}
+            if view.now - seen_at <= ASKING_S and any(found is None for found in reaches.values()):
+                return Decision()
+            together = largest_whole(reaches, self._island)
+            if together != tuple(broken) and patient:
+                return Decision()
+            lost = {name: "cannot reach all others" for name in broken if name not in together}
+        return Decision(survivors=together, lost=lost) if len(together) >= self._rules.quorum else Decision()
 
     def _reason(self, view: View, epoch: Epoch, island: str) -> str:
         beat = view.beats.get(island)
         if beat is None or beat.incarnation != epoch.members[island] or beat.state == JOINING:
             return "restarted"
         return "left" if beat.state == LEFT else f"silent for {self._rules.silence_s:g} s"
+
+
+def largest_whole(reaches: Mapping[str, Sequence[str] | None], coordinator: str) -> tuple[str, ...]:
+    """Returns the islands that go on where some do not reach each other, in the order of their names.
+
+    Args:
+        reaches: whom each reaches; None where that is not known, and nothing speaks against it.
+        coordinator: who decides between sets of the same size.
+    """
+    names = sorted(reaches)
+
+    def meet(a: str, b: str) -> bool:
+        return all(there is None or other in there for there, other in ((reaches[a], b), (reaches[b], a)))
+
+    cut = {pair for pair in itertools.combinations(names, 2) if not meet(*pair)}
+    for size in range(len(names), 0, -1):
+        whole = [some for some in itertools.combinations(names, size) if not any(pair in cut for pair in itertools.combinations(some, 2))]
+        if whole:
+            return min(whole, key=lambda some: coordinator not in some)
+    return ()

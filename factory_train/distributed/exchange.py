@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from factory_train.distributed.board import BROKEN, JOINING, MEMBER, Epoch, FolderBoard
 from factory_train.distributed.encoded_reduce import Notice, Reduced, RoundFailedError
-from factory_train.distributed.flight import Arrival, Flight, UnderWay
+from factory_train.distributed.flight import Arrival, Flight, UnderWay, Waiting
 from factory_train.distributed.gang import Copies, Gang
 from factory_train.distributed.gloo_wire import GlooWire
 from factory_train.distributed.handover import Standing, catch_up
@@ -68,6 +68,7 @@ class Exchange:
         self._under_way: UnderWay | None = None
         self._last: tuple[int, Reduced] | None = None
         self._bytes_before = 0
+        self._waiting = Waiting()
         self.epoch: Epoch | None = None
         # The last round that was applied, and the step it was applied at.
         self.completed, self.step = -1, 0
@@ -89,7 +90,8 @@ class Exchange:
             try:
                 if epoch.cold:
                     load(epoch)
-                    self._enter_or_recover(epoch)
+                    with self._waiting:
+                        self._enter_or_recover(epoch)
                     return epoch
                 if self._enter(epoch):
                     return epoch
@@ -131,7 +133,8 @@ class Exchange:
 
         seen = self._gang.agree_on_main("looking at the membership", look)
         if seen["epoch"] is not None:
-            self._enter_or_recover(Epoch.from_json(seen["epoch"]))
+            with self._waiting:
+                self._enter_or_recover(Epoch.from_json(seen["epoch"]))
         return tuple(seen["admit"])
 
     def send(self, number: int, fragment: int, encoded: Encoded | None, *, weight: float, turn_over: bool) -> None:
@@ -156,18 +159,18 @@ class Exchange:
         self.step = step
         mine = self._under_way
         assert mine is not None
-        waited_s = 0.0
-        while True:
-            outcome: Reduced | Exception | None = mine.caught
-            if outcome is None and mine.flight is not None:
-                outcome = mine.flight.arrive()
-                waited_s += mine.flight.waited_s
-            elif outcome is None and self._copies.is_first:
-                outcome = RoundFailedError("not sent")
-            failures = self._gang.agree("synchronising islands", functools.partial(self._problem, outcome))
-            if not any(failures):
-                break
-            self._recover()
+        with self._waiting:
+            while True:
+                outcome: Reduced | Exception | None = mine.caught
+                if outcome is None and mine.flight is not None:
+                    outcome = mine.flight.arrive()
+                elif outcome is None and self._copies.is_first:
+                    outcome = RoundFailedError("not sent")
+                failures = self._gang.agree("synchronising islands", functools.partial(self._problem, outcome))
+                if not any(failures):
+                    break
+                self._recover()
+            waited_s = self._waiting.seconds()
         assert not isinstance(outcome, Exception)
         if outcome is not None:
             self._last = mine.number, outcome
@@ -191,15 +194,16 @@ class Exchange:
         """
         epoch = self.epoch
         assert epoch is not None
-        if not islands:
-            self._recover()
-            return
 
         def admit() -> dict[str, Any]:
             self._members().admit(epoch, islands, step, self.completed, deal)
             return self._members().await_epoch(epoch.number, self._grace_s).to_json()
 
-        self._enter_or_recover(Epoch.from_json(self._gang.agree_on_main("letting islands join", admit)))
+        with self._waiting:
+            if islands:
+                self._enter_or_recover(Epoch.from_json(self._gang.agree_on_main("letting islands join", admit)))
+            else:
+                self._recover()
 
     def verify_end(self) -> None:
         """Compares the fingerprints of all islands once more; the last rounds are over.
@@ -250,7 +254,8 @@ class Exchange:
             number = self.epoch.number if self.epoch else 0
 
             def ask(number: int = number) -> Epoch:
-                self._members().tell(state=BROKEN, epoch=number, number=self.completed, step=self.step)
+                waited_s = self._waiting.seconds()
+                self._members().tell(state=BROKEN, epoch=number, number=self.completed, step=self.step, waited_s=waited_s)
                 return self._members().await_epoch(number, QUORUM_WAIT_GRACES * self._grace_s)
 
             epoch = self._agree_on_epoch(ask)
@@ -279,7 +284,8 @@ class Exchange:
                 store = dist.FileStore(str(self._board.store_path(epoch.number, self._gang.rank)), len(epoch.members))
                 grace = datetime.timedelta(seconds=self._grace_s)
                 store.set_timeout(grace)
-                self._wire = GlooWire(store, epoch.place(self.island), len(epoch.members), grace)
+                # What makes a member late where all begin, its checkpoint, it has behind it where an epoch follows another.
+                self._wire = GlooWire(store, epoch.place(self.island), len(epoch.members), grace, grace if epoch.cold else grace / 2)
                 self._bytes_before = 0
                 mine = self._under_way
                 due = (mine.number, mine.fragment) if mine else None

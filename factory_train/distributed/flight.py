@@ -31,8 +31,8 @@ class Flight:
     ) -> None:
         self._reduced: Reduced | None = None
         self._failure: Exception | None = None
-        # Seconds from departure to arrival, and that training waited.
-        self.took_s = self.waited_s = 0.0
+        # Seconds from departure to arrival.
+        self.took_s = 0.0
         # The arguments are not kept: whoever made `notice` holds this flight, and garbage of that size must not wait for a collection.
         self._future = thread.submit(self._run, wire, notice, encoded, format, device)
 
@@ -49,12 +49,27 @@ class Flight:
 
     def arrive(self) -> Reduced | Exception:
         """Returns the result, or what went wrong, waiting for it."""
-        began = time.monotonic()
         self._future.result()
-        self.waited_s = time.monotonic() - began
         result = self._failure or self._reduced
         assert result is not None
         return result
+
+
+class Waiting:
+    """While training waits for other islands: whatever fails meanwhile counts against one grace time. Enter it with `with`."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self._since = 0.0
+
+    def seconds(self) -> float:
+        """Returns how long it has been; 0 while training does not wait."""
+        return time.monotonic() - self._since if self._since else 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class Arrival:
         counted: whether this rank's part is in it.
         turn_over: whether islands join now.
         notices: of all islands; empty on copies and where a peer told the result.
-        took_s, waited_s: seconds the exchange took, and that training waited for it.
+        took_s, waited_s: seconds the exchange took, and that training waited for it, whatever failed meanwhile.
         num_bytes: what this rank sent.
     """
 

@@ -17,18 +17,23 @@ class GlooWire:
         store: where they find each other; nobody else uses it.
         rank, size: place among them, and their number.
         timeout: a member that is silent for so long in the middle of a round has failed.
+        meet: how long members wait for each other here; `timeout` where it is not given.
 
     Raises:
         RuntimeError: not all came in time.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, meet: datetime.timedelta | None = None
+    ) -> None:
         self.rank, self.size = rank, size
         # What this rank sent to others, in bytes.
         self.bytes_sent = 0
         self._rooms: dict[str, torch.Tensor] = {}
         # Its collectives are there, if not in its type.
-        self._group: Any = dist.ProcessGroupGloo(store, rank, size, timeout) if size > 1 else None
+        self._group: Any = dist.ProcessGroupGloo(store, rank, size, meet or timeout) if size > 1 else None
+        if self._group is not None:
+            self._group._set_default_timeout(timeout)
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """See `encoded_reduce.Wire`."""

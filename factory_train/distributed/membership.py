@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from factory_train.distributed.board import LEFT, Beat, Epoch, FolderBoard, Lease
+from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Epoch, FolderBoard, Lease
 from factory_train.distributed.coordination import Coordination, Decision, Rules, View
+from factory_train.distributed.reach import Reach
 from factory_train.errors import FactoryTrainError
 
 # Signs of life in one `silence_s`.
 _BEATS_IN_SILENCE = 8
-LONGEST_BEAT_S = 1.0
+_LONGEST_BEAT_S = 1.0
+# While an island waits for the others, it gives signs and looks for theirs more often.
+_WAITING_BEAT_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,12 @@ class Membership:
         beat: name, incarnation, layout and checkpoints of this island.
         planner: see there.
         record: called with the name of an event and its facts.
-        beat_s: most seconds between two signs of life, and two looks at those of the others.
     """
 
-    def __init__(
-        self,
-        board: FolderBoard,
-        rules: Rules,
-        beat: Beat,
-        planner: Planner,
-        record: Callable[..., None],
-        beat_s: float = LONGEST_BEAT_S,
-    ) -> None:
+    def __init__(self, board: FolderBoard, rules: Rules, beat: Beat, planner: Planner, record: Callable[..., None]) -> None:
         self._board, self._rules, self._planner, self._record = board, rules, planner, record
-        self._beat_s = min(beat_s, rules.silence_s / _BEATS_IN_SILENCE)
-        self._beat, self._lock = beat, threading.Lock()
+        self._reach = Reach(beat.island)
+        self._beat, self._lock = replace(beat, address=self._reach.address), threading.Lock()
         self._coordination = Coordination(rules, beat.island, beat.incarnation)
         self._moved: dict[str, tuple[int, int, float]] = {}
         self._decision = Decision()
@@ -70,6 +64,10 @@ class Membership:
     def tell(self, **facts: Any) -> None:
         """Changes what this island says of itself: at once where its state changes, else with the next sign of life."""
         with self._lock:
+            if "state" in facts:
+                # What was found out before says nothing of the links as they are now.
+                self._reach.forget()
+                facts = {"reaches": None, **facts}
             self._beat = replace(self._beat, **facts)
         if "state" in facts:
             self._write_beat()
@@ -126,11 +124,12 @@ class Membership:
             self._closed.set()
             self._thread.join()
             self.tell(state=LEFT)
+            self._reach.close()
 
     # The thread
 
     def _run(self) -> None:
-        while not self._closed.wait(self._beat_s):
+        while not self._closed.wait(self._until_next_beat_s()):
             try:
                 with self._lock:
                     self._beat = replace(self._beat, count=self._beat.count + 1)
@@ -143,6 +142,10 @@ class Membership:
                 self._failure = error
                 return
 
+    def _until_next_beat_s(self) -> float:
+        longest_s = _LONGEST_BEAT_S if self._beat.state == MEMBER else _WAITING_BEAT_S
+        return min(longest_s, self._rules.silence_s / _BEATS_IN_SILENCE)
+
     def _write_beat(self) -> None:
         with self._lock:
             self._board.write_beat(self._beat)
@@ -154,6 +157,7 @@ class Membership:
             before = self._moved.get(name)
             if before is None or before[:2] != (beat.incarnation, beat.count):
                 self._moved[name] = beat.incarnation, beat.count, now
+        self._look_around(beats)
         silent_s = {name: now - self._moved[name][2] for name in beats}
         view = View(now, beats, silent_s, self._board.epoch(), self._board.lease())
         self._seen = view.epoch
@@ -166,6 +170,13 @@ class Membership:
             self._start(view, decision.start)
         elif decision.survivors:
             self._after_failure(view, decision)
+
+    def _look_around(self, beats: Mapping[str, Beat]) -> None:
+        """Finds out whom this island reaches, while that matters."""
+        with self._lock:
+            if self._beat.state in (BROKEN, JOINING):
+                others = {name: beat.address for name, beat in beats.items() if name != self._beat.island and beat.state != LEFT}
+                self._beat = replace(self._beat, reaches=self._reach.look(others))
 
     def _start(self, view: View, islands: tuple[str, ...]) -> None:
         members = view.epoch.members if view.epoch else {}

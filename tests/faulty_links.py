@@ -6,7 +6,8 @@ A file, whose path is in the environment variable LINKS, says what is wrong; it 
      "silent": true,                      cut links swallow what is sent, instead of being reset
      "damaged": {"island-1": 3},          so many messages of an island in all arrive damaged
      "absent": ["island-2"],              islands that do not start yet
-     "pace_s": 0.2, "crawl_from": 400}    what each step takes longer, and from which step on it is a second
+     "pace_s": 0.2,                       what each step takes longer
+     "crawl": [400, 2.0]}                 from which step on it is what instead
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def install(links: Links, replace: Callable[[Any, str, Any], None]) -> None:
     """
     from factory_train.distributed import exchange, reach
 
+    _damaged.clear()
     plain_wire, enter, hail = exchange.GlooWire, exchange.Exchange._enter, reach.Reach.hail
 
     class FaultyWire(plain_wire):
@@ -107,7 +109,8 @@ def _install_in_worker() -> None:
 
     def slowly(self: OuterLoop, step: int) -> int:
         told = links.get()
-        time.sleep(1.0 if step >= told.get("crawl_from", step + 1) else told.get("pace_s", 0.0))
+        start, crawl_s = told.get("crawl") or (step + 1, 0.0)
+        time.sleep(crawl_s if step >= start else told.get("pace_s", 0.0))
         return after_step(self, step)
 
     install(links, setattr)

@@ -56,7 +56,7 @@ def start(toy: Toy, ends: type[BaseException] | None = None) -> threading.Thread
                 toy.events.append(("crash", {"error": repr(error)}))
                 raise
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name=toy.name, daemon=True)
     thread.start()
     return thread
 

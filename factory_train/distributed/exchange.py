@@ -121,7 +121,6 @@ class Exchange:
             LeftBehindError: this island is not a member any more.
         """
         self.step = step
-
         assert self.epoch is not None
         entered = self.epoch.number
 
@@ -254,8 +253,7 @@ class Exchange:
             number = self.epoch.number if self.epoch else 0
 
             def ask(number: int = number) -> Epoch:
-                waited_s = self._waiting.seconds()
-                self._members().tell(state=BROKEN, epoch=number, number=self.completed, step=self.step, waited_s=waited_s)
+                self._members().tell(state=BROKEN, epoch=number, number=self.completed, step=self.step, waited_s=self._waiting.seconds())
                 return self._members().await_epoch(number, QUORUM_WAIT_GRACES * self._grace_s)
 
             epoch = self._agree_on_epoch(ask)

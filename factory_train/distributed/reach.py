@@ -27,7 +27,8 @@ class Reach:
 
     def __init__(self, name: str) -> None:
         self._name = name.encode()
-        self._server = socket.create_server((_host(), 0))
+        host = _host()
+        self._server = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         host, port = self._server.getsockname()[:2]
         # Where the others hail this island.
         self.address = f"{host}:{port}"
@@ -82,8 +83,11 @@ def _host() -> str:
     """Returns the address that gloo listens on: that of its interface, or what the machine's name means."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     if interface is None:
-        return socket.gethostbyname(socket.gethostname())
+        with contextlib.suppress(OSError):
+            return socket.gethostbyname(socket.gethostname())
+        return "127.0.0.1"
     import psutil
 
     found = psutil.net_if_addrs().get(interface.split(",")[0], ())
-    return next((item.address for item in found if item.family == socket.AF_INET), "127.0.0.1")
+    addresses = [item.address for family in (socket.AF_INET, socket.AF_INET6) for item in found if item.family == family]
+    return next(iter(addresses), "127.0.0.1")

@@ -132,4 +132,4 @@ def kill(pid: int) -> None:
 def nothing_is_left(run: RunDir) -> None:
     """Waits until no process of a run is there any more."""
     modules = ("factory_train.worker", "factory_train.launchers.ray_driver", "factory_train.launchers.ray_entry")
-    until(lambda: not any(processes(run, module) for module in modules), 30.0, lambda: f"for the processes of {run.name}")
+    until(lambda: not any(processes(run, module) for module in modules), 120.0, lambda: f"for the processes of {run.name}")

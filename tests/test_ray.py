@@ -78,7 +78,7 @@ def test_a_second_job_waits_and_says_so_and_stop_and_resume_work_from_a_new_shel
     first = submit(folder, "first", STEPS, "launcher.gpus_per_node=2", "hardware=cpu")
     until(lambda: any(event["event"] == "start" for event in first.attempts()[0].events()))
     second = submit(folder, "second", STEPS)
-    until(lambda: "it waits for other jobs" in command.run("status", second.name, cwd=folder).stdout, 30.0)
+    until(lambda: "it waits for other jobs" in command.run("status", second.name, cwd=folder).stdout)
     table = command.run("status", cwd=folder).stdout
     assert "PENDING" in table
     stopped = command.run("stop", second.name, cwd=folder)

@@ -38,7 +38,7 @@ from factory_train.distributed.coordination import Rules
 from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
 from factory_train.distributed.gloo_wire import GlooWire
-from factory_train.distributed.membership import Membership, Planner
+from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
 
 ISLANDS = ("island-0", "island-1")
@@ -136,8 +136,8 @@ def islands(order: dict[str, Any], values: dict[str, torch.Tensor], waits: list[
     board = FolderBoard(Path(order["folder"]))
     name = ISLANDS[order["index"]]
 
-    def start(found: Any) -> tuple[int, dict[str, Any]]:
-        return 0, Deal.opening(cfg.sync_every, found).to_json()
+    def start(found: Any) -> Start:
+        return Start(0, Deal.opening(cfg.sync_every, found).to_json(), tuple(found))
 
     def load(epoch: Epoch) -> None:
         outer.restart_at(0)

@@ -36,7 +36,7 @@ from factory_train.distributed.board import Beat, FolderBoard
 from factory_train.distributed.coordination import Rules
 from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
-from factory_train.distributed.membership import Membership, Planner
+from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
 
 ISLANDS = ("island-0", "island-1")
@@ -95,7 +95,7 @@ def with_ours(order: dict[str, Any], model: nn.Module) -> tuple[Callable[[int], 
     state = OuterState(parameters, [list(parameters)], cfg.payload, error_feedback=True)
     board, name = FolderBoard(Path(order["folder"])), ISLANDS[order["index"]]
     steps = order["steps"] + 1
-    planner = Planner(lambda found: (0, Deal.opening(H, found).to_json()), lambda epoch, *_: dict(epoch.deal), steps)
+    planner = Planner(lambda found: Start(0, Deal.opening(H, found).to_json(), tuple(found)), lambda epoch, *_: dict(epoch.deal), steps)
     membership = Membership(board, Rules(ISLANDS, 2), Beat(name, 1), planner, lambda kind, **facts: None)
     exchange = Exchange(name, 1, Ranks(0, 1), Copies(), board, membership, state, cfg.grace_s)
     outer = OuterLoop(

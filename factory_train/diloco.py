@@ -60,11 +60,6 @@ class OuterLoop:
         """Which samples are whose."""
         return Deal.from_json(self.epoch.deal)
 
-    @property
-    def leads(self) -> bool:
-        """Whether this island is the one that writes and judges for all: the first of those that did not just join."""
-        return self.epoch.donor == self._exchange.island
-
     def begin(self) -> int:
         """Becomes a member and returns the completed steps from which this island trains on."""
         return self._begun(self._exchange.begin(0, self._load))

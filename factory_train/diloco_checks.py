@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from factory_train.config import Config
+from factory_train.diloco_config import DilocoConfig
 from factory_train.diloco_schedule import Schedule
 from factory_train.errors import ConfigError
+from factory_train.rendezvous.address import Address
 
 
 def check_diloco(config: Config) -> None:
@@ -50,6 +52,7 @@ def check_diloco(config: Config) -> None:
             )
     if cfg.quorum > cfg.islands:
         raise ConfigError(f"{cfg.quorum} of {cfg.islands} islands", where="diloco.quorum", fix=f"diloco.quorum={cfg.islands}")
+    _check_meeting(cfg)
     rows = config.train.global_batch_tokens // config.train.seq_len
     if rows % cfg.islands:
         nearest = max(1, round(rows / cfg.islands)) * cfg.islands * config.train.seq_len
@@ -57,4 +60,22 @@ def check_diloco(config: Config) -> None:
             f"{rows} rows of a step do not divide among {cfg.islands} islands",
             where="train.global_batch_tokens",
             fix=f"train.global_batch_tokens={nearest}",
+        )
+
+
+def _check_meeting(cfg: DilocoConfig) -> None:
+    if cfg.rendezvous is not None:
+        Address.parse(cfg.rendezvous)
+    here = cfg.local_islands
+    if len(set(here)) < len(here) or not set(here) <= set(range(cfg.islands)):
+        raise ConfigError(
+            f"{here} are not different ones of {cfg.islands} islands, which have the numbers 0 to {cfg.islands - 1}",
+            where="diloco.local_islands",
+            fix=f"diloco.local_islands={sorted({index for index in here if 0 <= index < cfg.islands}) or [0]}",
+        )
+    if here and cfg.rendezvous is None:
+        raise ConfigError(
+            "islands of several commands do not share a run directory to meet in",
+            where="diloco.local_islands",
+            fix="diloco.rendezvous=tcp://HOST:PORT, or leave diloco.local_islands out",
         )

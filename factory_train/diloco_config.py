@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 from factory_train.setting import setting
 
@@ -27,3 +28,7 @@ class DilocoConfig:
     quorum: int = setting(1, "fewest islands that go on", safe=True)
     silence_s: float = setting(10.0, "an island without a sign of life for so long is gone", safe=True)
     grace_s: float = setting(60.0, "longest wait for an island that lives but does not answer; then the others go on", safe=True)
+    rendezvous: Optional[str] = setting(None, "where islands meet: tcp://HOST:PORT; null is the run directory", safe=True)
+    local_islands: list[int] = setting(
+        [], "islands that this command starts, where others of them are started elsewhere; empty is all", safe=True
+    )

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from factory_train.config import Config
+from factory_train.config import Config, flatten, schema_keys
 from factory_train.run_dir import Attempt, RunDir
 
 _FOLDER = "gangs"
 _KIND = "island"
+# Names, and paths to what is compared by its content.
+_OF_ONE_SIDE = {"recipe", "run", "init_from", "data.path", "data.sets"}
 
 
 def island_names(count: int) -> tuple[str, ...]:
     """Returns the names of all islands of a run, in order."""
     return tuple(f"{_KIND}-{index}" for index in range(count))
+
+
+def local_islands(cfg: Config) -> tuple[str, ...]:
+    """Returns the names of the islands that belong to this run directory: all, unless some are started elsewhere."""
+    names = island_names(cfg.diloco.islands)
+    return tuple(names[index] for index in sorted(cfg.diloco.local_islands)) or names
+
+
+def same_on_all_islands(cfg: Config) -> dict[str, Any]:
+    """Returns the keys that islands with run directories of their own must agree on; where data and first weights lie may differ."""
+    safe = {key.name for key in schema_keys() if key.safe}
+    return {name: value for name, value in flatten(cfg).items() if name not in safe | _OF_ONE_SIDE} | {"train.steps": cfg.train.steps}
 
 
 def island_run(run: RunDir, island: str) -> RunDir:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from factory_train.checkpoint.agreement import Ranks
-from factory_train.checkpoint.catalog import CheckpointInfo, list_checkpoints
+from factory_train.checkpoint.catalog import CheckpointInfo, list_checkpoints, select
 from factory_train.checkpoint.entries import TensorEntry
 from factory_train.checkpoint.load import LoadedState, load_checkpoint
 from factory_train.checkpoint.reader import CheckpointReader
@@ -189,6 +189,35 @@ def step_to_start_from(run: RunDir, islands: Mapping[str, tuple[int, ...]]) -> i
         raise IntegrityError("every checkpoint is damaged", where=run.name, fix="start a new run (drop run=...)")
     shared = [step for step in steps[:_LOOK_BACK] if all(step in have for have in islands.values())]
     return shared[0] if shared else steps[0] if steps else 0
+
+
+def saved_deal(run: RunDir, step: int) -> dict[str, Any] | None:
+    """Returns which samples were whose when the run's checkpoint of a step was saved; None where it was no run of islands."""
+    with CheckpointReader(select(run, str(step)).path) as reader:
+        told = reader.state.get("diloco")
+    return told["deal"] if told else None
+
+
+def deals_to_start_with(run: RunDir) -> dict[str, dict[str, Any] | None]:
+    """Returns the deals of the newest intact checkpoints of a run, by step as JSON has it."""
+    steps: list[int] = []
+    for info in list_checkpoints(run):
+        if len(steps) < _LOOK_BACK and info.step not in steps and _is_intact(info):
+            steps.append(info.step)
+    return {str(step): saved_deal(run, step) for step in steps}
+
+
+def newest_of_all(
+    outer: Mapping[str, Mapping[str, Mapping[str, Any] | None]],
+) -> tuple[int, Mapping[str, Any] | None, tuple[str, ...]]:
+    """Returns the newest step that islands with run directories of their own can begin from, its deal, and which of them can.
+
+    Args:
+        outer: of each, the deals of its run's checkpoints (`deals_to_start_with`); nobody's progress is given up for another's sake.
+    """
+    step = max(int(step) for deals in outer.values() for step in deals)
+    able = tuple(sorted(name for name, deals in outer.items() if str(step) in deals))
+    return step, outer[able[0]][str(step)], able
 
 
 def _is_intact(info: CheckpointInfo) -> bool:

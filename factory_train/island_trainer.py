@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,31 +14,34 @@ import torch.distributed as dist
 
 from factory_train import tail
 from factory_train.checkpoint.agreement import Ranks
-from factory_train.checkpoint.catalog import select
 from factory_train.checkpoint.entries import TensorEntry
 from factory_train.checkpoint.load import LoadedState
-from factory_train.checkpoint.reader import CheckpointReader
 from factory_train.checkpoint.saver import Saver
 from factory_train.config import Config
 from factory_train.data.leases import Deal, LeasedCursor
 from factory_train.data.loader import StepBatch, TokenLoader
 from factory_train.diloco import OuterLoop
 from factory_train.diloco_schedule import Schedule, assign_fragments, names_by_fragment
-from factory_train.distributed.board import Beat, Epoch, FolderBoard
+from factory_train.distributed.board import Beat, Board, Epoch
 from factory_train.distributed.coordination import Rules
 from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
-from factory_train.distributed.membership import Membership, Planner
+from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
+from factory_train.distributed.process_group import interface_towards
+from factory_train.distributed.tcp_board import open_board
 from factory_train.errors import CheckpointError, ConfigError, IntegrityError
-from factory_train.gangs import exchange_folder, island_names, run_of_island
+from factory_train.gangs import exchange_folder, island_names, local_islands, run_of_island, same_on_all_islands
 from factory_train.island_checkpoint import (
     IslandSaver,
     Placed,
+    deals_to_start_with,
     error_entries,
     in_flight_entries,
     load_at,
+    newest_of_all,
     outer_entries,
+    saved_deal,
     saved_steps,
     step_to_start_from,
 )
@@ -45,6 +49,7 @@ from factory_train.launchers.job import WorkerEnv
 from factory_train.metrics_log import MetricsLog
 from factory_train.plan import Plan
 from factory_train.preemption import StopSignal
+from factory_train.rendezvous.address import Address
 from factory_train.run_dir import Attempt
 from factory_train.trainer import Outcome, Trainer
 
@@ -78,7 +83,7 @@ class IslandTrainer(Trainer):
         self, cfg: Config, plan: Plan, attempt: Attempt, env: WorkerEnv, device: torch.device, stop: StopSignal, dataset: Path
     ) -> None:
         super().__init__(cfg, plan, attempt, env, device, stop, dataset)
-        self.island, self.run = env.gang, run_of_island(attempt.run)
+        self.island, self.run, self._here = env.gang, run_of_island(attempt.run), local_islands(cfg)
         main = self.run.last_attempt()
         assert main is not None
         self._ranks = Ranks(env.rank, env.world_size)
@@ -98,7 +103,10 @@ class IslandTrainer(Trainer):
         schedule = Schedule(cfg.fragments, cfg.sync_every, cfg.delay, self.cfg.train.steps)
         state = OuterState(self.parameters, fragments, cfg.payload, error_feedback=cfg.error_feedback)
         copies = self._copies()
-        board = FolderBoard(exchange_folder(self.run))
+        board = open_board(exchange_folder(self.run), cfg.rendezvous)
+        if cfg.rendezvous is not None and (interface := interface_towards(Address.parse(cfg.rendezvous).host)) is not None:
+            # Islands reach each other where they reach their meeting point; by itself gloo listens where the host's own name leads.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         membership = self._membership(board, schedule, sizes) if self.is_main else None
         exchange = Exchange(self.island, self.attempt.number, self._ranks, copies, board, membership, state, cfg.grace_s)
         return OuterLoop(cfg, schedule, state, exchange, copies, self._load, self._record)
@@ -113,31 +121,26 @@ class IslandTrainer(Trainer):
             mine = group if self.env.rank in ranks else mine
         return Copies(mine)
 
-    def _membership(self, board: FolderBoard, schedule: Schedule, sizes: Mapping[str, int]) -> Membership:
+    def _membership(self, board: Board, schedule: Schedule, sizes: Mapping[str, int]) -> Membership:
         cfg = self.cfg.diloco
-        same = [
-            sizes,
-            cfg.sync_every,
-            cfg.fragments,
-            cfg.pattern,
-            cfg.delay,
-            cfg.payload,
-            self.cfg.train.steps,
-            self.dims,
-            self.cfg.precision,
-        ]
+        same = [sizes, same_on_all_islands(self.cfg), self.manifest.id, self.dims, self.cfg.precision]
         layout = hashlib.sha256(repr(same).encode()).hexdigest()[:12]
-        beat = Beat(self.island, self.attempt.number, layout=layout, resumes=saved_steps(self.attempt.run))
+        # Islands that share a run directory all see its checkpoints; whether one is intact, who begins looks then.
+        outer = deals_to_start_with(self.run) if len(self._here) < cfg.islands else {}
+        beat = Beat(self.island, self.attempt.number, layout=layout, resumes=saved_steps(self.attempt.run), outer=outer)
 
-        def start(islands: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, Any]]:
-            step = step_to_start_from(self.run, islands)
+        def start(beats: Mapping[str, Beat]) -> Start:
+            if any(beat.outer for beat in beats.values()):
+                step, deal, islands = newest_of_all({name: beat.outer for name, beat in beats.items()})
+            else:
+                islands = tuple(beats)
+                step = step_to_start_from(self.run, {name: beat.resumes for name, beat in beats.items()})
+                deal = saved_deal(self.run, step) if step else None
             opening = Deal.opening(cfg.sync_every, islands)
-            if step == 0:
-                return 0, opening.to_json()
-            before = self._saved_deal(step)
-            if before is None or set(before.shares) == set(islands):
-                return step, (before or opening).to_json()
-            return step, before.next(step, islands, set(before.shares) - set(islands), step).to_json()
+            before = Deal.from_json(deal) if deal else None
+            if step == 0 or before is None or set(before.shares) == set(islands):
+                return Start(step, (before or opening).to_json(), islands)
+            return Start(step, before.next(step, islands, set(before.shares) - set(islands), step).to_json(), islands)
 
         def after_failure(epoch: Epoch, survivors: tuple[str, ...], lost: tuple[str, ...], step: int, completed: int) -> dict[str, Any]:
             return Deal.from_json(epoch.deal).next(step, survivors, lost, schedule.sent_step(completed)).to_json()
@@ -147,10 +150,10 @@ class IslandTrainer(Trainer):
         log = MetricsLog(self.attempt, enabled=True)
         return Membership(board, rules, beat, Planner(start, after_failure, self.cfg.train.steps), log.record_event)
 
-    def _saved_deal(self, step: int) -> Deal | None:
-        with CheckpointReader(select(self.run, str(step)).path) as reader:
-            told = reader.state.get("diloco")
-        return Deal.from_json(told["deal"]) if told else None
+    @property
+    def _leads(self) -> bool:
+        """Whether this island writes and judges for all that share its run directory."""
+        return self.outer.epoch.leader(self._here) == self.island
 
     # The training loop
 
@@ -190,7 +193,7 @@ class IslandTrainer(Trainer):
         self.cursor = LeasedCursor(self.outer.deal, self.island, step)
 
     def _validate(self) -> None:
-        if self.outer.leads:
+        if self._leads:
             with self.outer.evaluating():
                 super()._validate()
 
@@ -293,7 +296,7 @@ class IslandTrainer(Trainer):
         return error_entries(self._placed, self.outer.state)
 
     def _outer_entries(self) -> list[TensorEntry] | None:
-        return outer_entries(self._placed, self.outer.state) if self.outer.leads else None
+        return outer_entries(self._placed, self.outer.state) if self._leads else None
 
     def _describe(self) -> dict[str, Any]:
         """Returns what checkpoints say of the exchange; all ranks of the island call it."""
@@ -322,7 +325,7 @@ class IslandTrainer(Trainer):
 
     def _mirror(self, kind: str, step: int, figures: dict[str, Any]) -> None:
         """Repeats a row of this island as one of the run, while this island leads."""
-        if kind == "sync" or not self.outer.leads:
+        if kind == "sync" or not self._leads:
             return
         if self._mirrored < 0:
             # Another island may have written before.
@@ -356,5 +359,5 @@ class IslandTrainer(Trainer):
             "message": f"epoch {epoch.number}: {epoch.why}",
         }
         self.metrics.record_event("diloco-entered", **facts)
-        if self.outer.leads:
+        if self._leads:
             self._main_metrics.record_event("diloco-epoch", **facts)

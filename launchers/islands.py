@@ -18,6 +18,7 @@ from factory_train.launchers.child import Child, end_all, signal_name
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import Inbox
 from factory_train.launchers.pulse import Pulse
+from factory_train.launchers.rendezvous import serving
 from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt, process_started_at
 
 # Ends of an island after which starting it again would lead to the same.
@@ -65,9 +66,10 @@ class Islands:
     def run(self) -> tuple[str, int, str]:
         """Runs all islands to their end; returns how the stage ended: outcome, exit code, and the reason for people."""
         try:
-            for island in self._islands:
-                self._start(island)
-            return self._follow()
+            with serving(self._attempt, self._note):
+                for island in self._islands:
+                    self._start(island)
+                return self._follow()
         finally:
             end_all([island.child for island in self._islands if island.child is not None], gently=True)
 

@@ -56,6 +56,8 @@ class Supervisor:
                 end = self._run_stages()
             except (OSError, FactoryTrainError) as error:
                 end = End("failed-transient", ExitCode.FAILED, f"the launcher on {socket.gethostname()} could not go on: {error}")
+                if isinstance(error, FactoryTrainError) and error.by_user:
+                    end = End("failed-user", error.exit_code, str(error))
             finally:
                 end_all(self._children)
             exit_code = self._conclude(end)

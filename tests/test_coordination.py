@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Epoch, FolderBoard, Lease
+from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Epoch, Lease
 from factory_train.distributed.coordination import Coordination, Decision, Rules, View, largest_whole
 from factory_train.distributed.reach import Reach
 
@@ -240,17 +239,3 @@ def test_when_no_member_is_left_those_that_are_there_begin_anew() -> None:
     assert scene.decisions()["a"].take_lease == 2
     scene.lease = Lease(2, "a", 2)
     assert scene.decisions()["a"].start == ("a", "b", "c")
-
-
-def test_epochs_and_leases_are_written_once(tmp_path: Path) -> None:
-    board = FolderBoard(tmp_path)
-    assert board.epoch() is None
-    assert board.publish(EPOCH)
-    assert not board.publish(replace(EPOCH, members={"b": 1}))
-    assert board.epoch() == EPOCH
-    assert board.take_lease(Lease(1, "a", 1))
-    assert not board.take_lease(Lease(1, "b", 1))
-    assert board.take_lease(Lease(2, "b", 1))
-    assert board.lease() == Lease(2, "b", 1)
-    board.write_beat(Beat("a", 3, 7, resumes=(4, 8)))
-    assert board.beats() == {"a": Beat("a", 3, 7, resumes=(4, 8))}

@@ -81,7 +81,7 @@ class Chaos:
         self.stops: list[tuple[str, float, float]] = []
         self.process = command.start(*words(name, steps, islands, *more), cwd=folder)
         self.run = RunDir(folder / "runs" / f"llama_diloco-{name}")
-        self.board = FolderBoard.reading(exchange_folder(self.run))
+        self.board = FolderBoard(exchange_folder(self.run))
 
     def until(self, holds: Callable[[], bool], what: str, timeout_s: float = 300.0) -> None:
         limit = time.monotonic() + timeout_s

@@ -16,12 +16,13 @@ from factory_train.data.leases import Deal, LeasedCursor
 from factory_train.diloco import OuterLoop
 from factory_train.diloco_config import DilocoConfig
 from factory_train.diloco_schedule import Schedule, assign_fragments, names_by_fragment
-from factory_train.distributed.board import Beat, Epoch, FolderBoard
+from factory_train.distributed.board import Beat, Epoch
 from factory_train.distributed.coordination import Rules
 from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
-from factory_train.distributed.membership import Membership, Planner
+from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
+from factory_train.distributed.tcp_board import open_board
 
 CPU = torch.device("cpu")
 SHAPES = {"embedding": (40, 8), "layers.0.w": (17, 9), "layers.0.norm": (9,), "layers.1.w": (300,), "layers.2.w": (5, 70), "norm": (9,)}
@@ -62,6 +63,7 @@ class Toy:
     steps: int
     lr: float = 0.1
     incarnation: int = 1
+    layout: str = ""
     dtype: torch.dtype = torch.float32
     grid: float | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -79,14 +81,14 @@ class Toy:
         fragments = names_by_fragment(assign_fragments(sizes, cfg.fragments, cfg.pattern), sizes)
         state = OuterState(self.values, fragments, cfg.payload, error_feedback=cfg.error_feedback)
         schedule = Schedule(cfg.fragments, cfg.sync_every, cfg.delay, self.steps)
-        board = FolderBoard(self.folder)
+        board = open_board(self.folder, self.cfg.rendezvous)
 
         def after_failure(epoch: Epoch, survivors: tuple[str, ...], lost: tuple[str, ...], step: int, completed: int) -> dict[str, Any]:
             return Deal.from_json(epoch.deal).next(step, survivors, lost, schedule.sent_step(completed)).to_json()
 
-        planner = Planner(lambda resumes: (0, Deal.opening(cfg.sync_every, resumes).to_json()), after_failure, self.steps)
+        planner = Planner(lambda found: Start(0, Deal.opening(cfg.sync_every, found).to_json(), tuple(found)), after_failure, self.steps)
         rules = Rules(tuple(names), cfg.quorum, cfg.silence_s, cfg.grace_s)
-        membership = Membership(board, rules, Beat(self.name, self.incarnation), planner, self.record)
+        membership = Membership(board, rules, Beat(self.name, self.incarnation, layout=self.layout), planner, self.record)
         exchange = Exchange(self.name, self.incarnation, Ranks(0, 1), Copies(), board, membership, state, cfg.grace_s)
         self.outer = OuterLoop(cfg, schedule, state, exchange, Copies(), self.load, self.record)
         return self.outer

@@ -134,7 +134,7 @@ def _newest_rows(run: RunDir) -> dict[str, dict[str, Any]]:
 def _islands(run: RunDir) -> str | None:
     if not has_islands(run):
         return None
-    board = FolderBoard.reading(exchange_folder(run))
+    board = FolderBoard(exchange_folder(run))
     epoch, texts = board.epoch(), []
     for name, beat in board.beats().items():
         is_member = epoch is not None and epoch.has(name, beat.incarnation) and beat.state != LEFT

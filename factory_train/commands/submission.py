@@ -18,13 +18,14 @@ from factory_train.data.manifest import check_length
 from factory_train.data.mixture import check_set_lengths
 from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
-from factory_train.gangs import island_names
+from factory_train.gangs import exchange_folder, local_islands
 from factory_train.hardware import Hardware, detect
 from factory_train.launchers import ray_jobs, slurm_array
 from factory_train.launchers.by_name import is_alive, launcher_named
 from factory_train.launchers.job import MAIN_GANG, Gang, JobHandle, JobSpec
 from factory_train.launchers.slurm import SlurmLauncher
 from factory_train.plan import Plan, check_fits, make_plan, resolve_tasks_per_node
+from factory_train.rendezvous.address import keep_token
 from factory_train.run_dir import Attempt, RunDir
 from factory_train.runs_index import remember_root, runs_root
 from factory_train.snapshot import copy_code, copy_code_to, share_code, write_snapshot
@@ -67,7 +68,7 @@ class Request:
         # Compute nodes never open a database file: a local one is fed by `sync`, where the person is.
         here = config.launcher.name == "local" or (config.launcher.name == "ray" and config.launcher.address == ray_jobs.OWN)
         tracker = config.tracking.backend != "none" and (here or "://" in (config.tracking.uri or "sqlite"))
-        names = island_names(config.diloco.islands) or (MAIN_GANG,)
+        names = local_islands(config) or (MAIN_GANG,)
         data = [Path(config.data.path)] if config.data.path else []
         return JobSpec(
             attempt=attempt,
@@ -300,6 +301,8 @@ def _new_attempt(request: Request, run: RunDir) -> Attempt:
     # Whoever starts a run again does not want it stopped any more.
     for name in (switches.STOP, switches.PREEMPT):
         switches.turn_off(run, name)
+    if request.config.diloco.islands and request.config.diloco.rendezvous is not None:
+        keep_token(exchange_folder(run))
     attempt = run.new_attempt(request.config)
     storage.write_json(attempt.path / "plan.json", request.plan.to_json())
     write_snapshot(attempt, request.argv, request.config.plugins)

@@ -1,19 +1,22 @@
-"""What islands tell each other through a shared folder: signs of life, the coordinator's lease, and the epochs.
+"""What islands tell each other: signs of life, the coordinator's lease, and the epochs; through a folder, or over TCP (`tcp_board`).
 
-Every file has one writer, or is written once. Clocks of different machines are never compared: a sign of life is a counter, and
+Every record has one writer, or is written once. Clocks of different machines are never compared: a sign of life is a counter, and
 whoever looks notes on its own clock when it last moved.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping, Sequence
+import datetime
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from factory_train import storage
+from factory_train.rendezvous.records import FolderRecords, Records
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # What an island says of itself.
 JOINING, MEMBER, BROKEN, LEFT = "joining", "member", "broken", "left"
@@ -36,6 +39,7 @@ class Beat:
         address: where it can be hailed (`reach.Reach`).
         waited_s: how long training has waited already when its round failed.
         reaches: islands it found that it can reach since its state is what it is; None while it does not know.
+        outer: where islands have several run directories, the deals of the checkpoints of its own run, by step: it can begin there.
     """
 
     island: str
@@ -50,6 +54,7 @@ class Beat:
     address: str = ""
     waited_s: float = 0.0
     reaches: Sequence[str] | None = None
+    outer: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,10 @@ class Epoch:
         """The member whose state those that join receive."""
         return next(name for name in sorted(self.members) if name not in self.joining)
 
+    def leader(self, islands: Collection[str]) -> str | None:
+        """Returns the member among `islands` that writes and judges for them, if there is one: who did not just join goes first."""
+        return min(self.members.keys() & set(islands), key=lambda name: (name in self.joining, name), default=None)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -108,65 +117,76 @@ class Lease:
     incarnation: int
 
 
-class FolderBoard:
-    """The board in a folder that all islands see.
+class Board(ABC):
+    """What all islands of a run see.
+
+    Every method raises OSError where the board cannot be reached for the moment.
 
     Args:
-        folder: below the run directory.
+        records: where it is kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("beats", "leases", "epochs"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-
-    @staticmethod
-    def reading(folder: Path) -> FolderBoard:
-        """Returns a board for somebody who only looks; there need not be one yet."""
-        board = FolderBoard.__new__(FolderBoard)
-        board.folder = folder
-        return board
+    def __init__(self, records: Records) -> None:
+        self._records = records
 
     def write_beat(self, beat: Beat) -> None:
         """Replaces the island's sign of life; a crash of the machine may lose it, so it is not synced to the disk."""
-        path = self.folder / "beats" / f"{beat.island}.json"
-        storage.replace_json(path, asdict(beat))
+        self._records.replace("beats", beat.island, asdict(beat))
 
     def beats(self) -> dict[str, Beat]:
         """Returns the newest sign of every island that ever gave one."""
-        found = {}
-        for path in sorted((self.folder / "beats").glob("*.json")):
-            value = storage.read_json(path)
-            if value is not None:
-                found[value["island"]] = Beat(**{**value, "resumes": tuple(value["resumes"])})
-        return found
+        found = self._records.all("beats")
+        return {name: Beat(**{**value, "resumes": tuple(value["resumes"])}) for name, value in found.items()}
 
     def take_lease(self, lease: Lease) -> bool:
         """Takes the coordinator's lease of that number; False when another island was faster."""
-        return storage.write_json_once(self._numbered("leases", lease.number), asdict(lease))
+        return self._records.create("leases", lease.number, asdict(lease))
 
     def lease(self) -> Lease | None:
         """Returns the lease that counts."""
-        value = self._newest("leases")
+        value = self._records.newest("leases")
         return Lease(**value) if value else None
 
     def publish(self, epoch: Epoch) -> bool:
         """Makes an epoch known; False when there is one of that number."""
-        return storage.write_json_once(self._numbered("epochs", epoch.number), epoch.to_json())
+        return self._records.create("epochs", epoch.number, epoch.to_json())
 
     def epoch(self) -> Epoch | None:
         """Returns the newest epoch."""
-        value = self._newest("epochs")
+        value = self._records.newest("epochs")
         return Epoch.from_json(value) if value else None
 
-    def store_path(self, epoch: int, rank: int) -> Path:
-        """Returns the file in which ranks `rank` of all members of an epoch find each other."""
-        return self.folder / "epochs" / f"{epoch:06d}.rank-{rank:05d}.store"
+    @abstractmethod
+    def store(self, epoch: Epoch, rank: int, timeout: datetime.timedelta) -> dist.Store:
+        """Returns where ranks `rank` of all members of an epoch find each other, waiting `timeout` for what is not there yet."""
 
-    def _numbered(self, kind: str, number: int) -> Path:
-        return self.folder / kind / f"{number:06d}.json"
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the board. May be called twice."""
 
-    def _newest(self, kind: str) -> Any:
-        folder = self.folder / kind
-        numbers = [int(name[:6]) for name in (os.listdir(folder) if folder.is_dir() else ()) if re.fullmatch(r"\d{6}\.json", name)]
-        return storage.read_json(self._numbered(kind, max(numbers))) if numbers else None
+
+class FolderBoard(Board):
+    """The board in a folder that all islands see.
+
+    Args:
+        folder: below the run directory; for somebody who only looks it need not be there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(FolderRecords(folder))
+        self._folder = folder
+
+    def store(self, epoch: Epoch, rank: int, timeout: datetime.timedelta) -> dist.Store:
+        """See `Board`."""
+        # `status` reads boards, and needs no torch.
+        import torch.distributed as dist
+
+        path = self._folder / "epochs" / f"{epoch.number:06d}.rank-{rank:05d}.store"
+        # FileStore waits for a folder that is not there.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store = dist.FileStore(str(path), len(epoch.members))
+        store.set_timeout(timeout)
+        return store
+
+    def close(self) -> None:
+        """See `Board`; files are not held open."""

@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from factory_train.distributed.board import BROKEN, JOINING, MEMBER, Epoch, FolderBoard
+from factory_train.distributed.board import BROKEN, JOINING, MEMBER, Board, Epoch
 from factory_train.distributed.encoded_reduce import Notice, Reduced, RoundFailedError
 from factory_train.distributed.flight import Arrival, Flight, UnderWay, Waiting
 from factory_train.distributed.gang import Copies, Gang
@@ -55,7 +54,7 @@ class Exchange:
         incarnation: int,
         gang: Gang,
         copies: Copies,
-        board: FolderBoard,
+        board: Board,
         membership: Membership | None,
         state: OuterState,
         grace_s: float,
@@ -244,6 +243,7 @@ class Exchange:
             self._membership.close()
         self._end_flight()
         self._thread.shutdown()
+        self._board.close()
 
     # Epochs
 
@@ -279,9 +279,8 @@ class Exchange:
             if not self._copies.is_first:
                 return None
             try:
-                store = dist.FileStore(str(self._board.store_path(epoch.number, self._gang.rank)), len(epoch.members))
                 grace = datetime.timedelta(seconds=self._grace_s)
-                store.set_timeout(grace)
+                store = self._board.store(epoch, self._gang.rank, grace)
                 # What makes a member late where all begin, its checkpoint, it has behind it where an epoch follows another.
                 self._wire = GlooWire(store, epoch.place(self.island), len(epoch.members), grace, grace if epoch.cold else grace / 2)
                 self._bytes_before = 0

@@ -30,6 +30,8 @@ class GlooWire:
         # What this rank sent to others, in bytes.
         self.bytes_sent = 0
         self._rooms: dict[str, torch.Tensor] = {}
+        # The group holds on to its C++ half only; one made in Python must not lose the other.
+        self._store = store
         # Its collectives are there, if not in its type.
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, meet or timeout) if size > 1 else None
         if self._group is not None:

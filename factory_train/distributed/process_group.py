@@ -183,7 +183,7 @@ def _choose_interface(store: dist.Store, env: WorkerEnv) -> None:
         address = _local_address_towards(env.master_addr)
         store.set("reached_from", address or "")
     target = store.get("reached_from").decode() if env.rank < env.local_world_size else env.master_addr
-    name = interface_of(_local_address_towards(target)) if target else None
+    name = interface_towards(target) if target else None
     if name is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
@@ -196,6 +196,11 @@ def _local_address_towards(host: str) -> str | None:
             probe.connect(address)
             return str(probe.getsockname()[0])
     return None
+
+
+def interface_towards(host: str) -> str | None:
+    """Returns the network interface by which this machine reaches `host`; None where that cannot be known."""
+    return interface_of(_local_address_towards(host))
 
 
 def interface_of(address: str | None) -> str | None:

@@ -36,7 +36,8 @@ class Links:
         self.path = path
 
     def set(self, **facts: Any) -> None:
-        part = self.path.with_suffix(".part")
+        # Islands that are threads may set the same at once.
+        part = self.path.with_name(f"{self.path.name}.{threading.get_ident()}.part")
         part.write_text(json.dumps(self.get() | facts))
         part.rename(self.path)
 

@@ -63,9 +63,15 @@ def install(links: Links, replace: Callable[[Any, str, Any], None]) -> None:
     class FaultyWire(plain_wire):
         def __init__(self, store: Any, rank: int, size: int, timeout: Any, meet: Any = None) -> None:
             self._island, self._others = _place.island, [name for name in _place.members if name != _place.island]
+            self._is_closed = False
             self._group, self._patience_s = None, timeout.total_seconds()
             self._look((meet or timeout).total_seconds())
             super().__init__(store, rank, size, timeout, meet)
+
+        def close(self) -> None:
+            # As with a real one, who waits in it finds out at once.
+            self._is_closed = True
+            super().close()
 
         def all_to_all(self, received: Any, sent: Any) -> None:
             self._look(self._patience_s)
@@ -78,7 +84,7 @@ def install(links: Links, replace: Callable[[Any, str, Any], None]) -> None:
         def _look(self, patience_s: float) -> None:
             limit = time.monotonic() + patience_s
             while cut := [name for name in self._others if links.is_cut(self._island, name)]:
-                if not links.get().get("silent") or time.monotonic() > limit:
+                if self._is_closed or not links.get().get("silent") or time.monotonic() > limit:
                     self.close()
                     raise RuntimeError(f"no way to {', '.join(cut)}")
                 time.sleep(0.05)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Epoch, Lease
 from factory_train.distributed.coordination import Coordination, Decision, Rules, View, largest_whole
+from factory_train.distributed.membership import Membership, Planner
 from factory_train.distributed.reach import Reach
 
 RULES = Rules(("a", "b", "c"), quorum=1, silence_s=5.0, grace_s=20.0)
@@ -96,6 +98,28 @@ def test_what_members_have_waited_counts_against_the_grace_time() -> None:
     decision = scene.decisions(1.0)["a"]
     assert decision.survivors == ("a", "c")
     assert decision.lost == {"b": "late"}
+
+
+def test_an_island_says_whom_it_reaches_and_how_long_it_waits_as_long_as_it_does(tmp_path: Path) -> None:
+    """Whoever coordinates next needs to know it, too."""
+    board, planner = FolderBoard(tmp_path), Planner(lambda resumes: (0, {}), lambda *facts: {}, 9)
+    islands = [Membership(board, RULES, Beat(name, 1), planner, lambda kind, **facts: None) for name in "ab"]
+
+    def until(holds: Callable[[Beat], bool]) -> None:
+        limit = time.monotonic() + 60
+        while not ("a" in board.beats() and holds(board.beats()["a"])):
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+
+    try:
+        until(lambda beat: beat.reaches == ["b"])
+        islands[0].tell(state=BROKEN, epoch=1, waited_s=7.0)
+        until(lambda beat: beat.waited_s > 7.2 and beat.reaches == ["b"])
+        islands[0].tell(state=MEMBER)
+        assert (board.beats()["a"].waited_s, board.beats()["a"].reaches) == (0.0, None)
+    finally:
+        for island in islands:
+            island.close()
 
 
 def broken(scene: Scene, **reaches: str) -> None:

@@ -37,7 +37,7 @@ class Beat:
         layout: what must be equal on all islands.
         resumes: steps of its own checkpoints, for a start from them.
         address: where it can be hailed (`reach.Reach`).
-        waited_s: how long training has waited already when its round failed.
+        waited_s: how long training has waited, since before its round failed; 0 while none has.
         reaches: islands it found that it can reach since its state is what it is; None while it does not know.
         outer: where islands have several run directories, the deals of the checkpoints of its own run, by step: it can begin there.
     """

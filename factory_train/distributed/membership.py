@@ -70,6 +70,7 @@ class Membership:
         self._reach = Reach(beat.island)
         self._beat, self._lock, self._writing = replace(beat, address=self._reach.address), threading.Lock(), threading.Lock()
         self._coordination = Coordination(rules, beat.island, beat.incarnation)
+        self._waits_since = 0.0
         self._moved: dict[str, tuple[int, int, float]] = {}
         # Islands whose signs were seen to change: what lies there from an earlier attempt says nothing about now.
         self._heard: set[str] = set()
@@ -88,7 +89,8 @@ class Membership:
             if "state" in facts:
                 # What was found out before says nothing of the links as they are now.
                 self._reach.forget()
-                facts = {"reaches": None, **facts}
+                facts = {"reaches": None, "waited_s": 0.0, **facts}
+                self._waits_since = time.monotonic() - facts["waited_s"]
             self._beat = replace(self._beat, **facts)
         if "state" in facts:
             # Where the board cannot be reached, the next sign of life says it.
@@ -223,8 +225,10 @@ class Membership:
             self._after_failure(view, decision)
 
     def _look_around(self, beats: Mapping[str, Beat]) -> None:
-        """Finds out whom this island reaches, while that matters."""
+        """Notes whom this island reaches and how long it waits, while that matters."""
         with self._lock:
+            if self._beat.state == BROKEN:
+                self._beat = replace(self._beat, waited_s=time.monotonic() - self._waits_since)
             if self._beat.state in (BROKEN, JOINING):
                 others = {name: beat.address for name, beat in beats.items() if name != self._beat.island and beat.state != LEFT}
                 self._beat = replace(self._beat, reaches=self._reach.look(others))

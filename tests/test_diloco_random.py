@@ -92,6 +92,9 @@ def test_islands_agree_whatever_happens_to_them(
         fleet.start(name)
     fleet.until(lambda: fleet.board.epoch() is not None, "two islands begin")
     fleet.start(ISLANDS[2])
+    fleet.until(fleet.are_all_members, "the third joins")
+    # What the first steps import takes its time, and is no wait.
+    fleet.waits.clear()
     order = [*faults, *rng.choices(FAULTS, k=more)]
     rng.shuffle(order)
     for number, fault in enumerate(order):

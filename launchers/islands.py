@@ -1,28 +1,79 @@
-"""Several gangs on this machine: a supervisor for each island, started again when it fails, while the others go on."""
+"""The training stage of several gangs: an island that fails is started again, while the others go on.
+
+What starts an island is the launcher's own: `island_supervisors` does it with a process on this machine.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from factory_train import storage
 from factory_train.errors import ExitCode
 from factory_train.gangs import island_run, new_island_attempt
-from factory_train.hardware import visible_cards
 from factory_train.launchers import attempts
-from factory_train.launchers.child import Child, end_all, signal_name
-from factory_train.launchers.environment import import_environ
-from factory_train.launchers.inbox import Inbox
+from factory_train.launchers.child import signal_name
 from factory_train.launchers.pulse import Pulse
 from factory_train.launchers.rendezvous import serving
-from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt, process_started_at
+from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt
 
 # Ends of an island after which starting it again would lead to the same.
 _HOPELESS = (ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.NOT_FOUND, ExitCode.INTEGRITY)
+
+
+class Running(Protocol):
+    """An attempt of an island that was started."""
+
+    @property
+    def running(self) -> bool:
+        """Whether anything of it still runs."""
+        ...
+
+    def signal(self, signum: int) -> None:
+        """Asks it to save and stop: SIGTERM where it should go on later, SIGINT where not."""
+        ...
+
+    def death(self) -> str:
+        """Returns how it ended, in words that follow "its launcher": "was killed by SIGKILL"."""
+        ...
+
+
+class Starter(Protocol):
+    """What starts islands; it has the attempt's verdict written when one ends."""
+
+    def start(self, island: Island, attempt: Attempt) -> Running:
+        """Starts an attempt of an island, which has no job.json yet, and returns at once."""
+        ...
+
+    def end(self, started: Sequence[Running]) -> None:
+        """Ends what still runs of these, saved or not, and what those that ended have left behind; returns when it is gone."""
+        ...
+
+
+class Requests(Protocol):
+    """What is asked of a job from outside, as `Inbox` has it."""
+
+    @property
+    def stop(self) -> signal.Signals | None:
+        """SIGINT or SIGTERM once the islands are to save and stop."""
+        ...
+
+    @property
+    def why(self) -> str:
+        """What asked to stop."""
+        ...
+
+    @property
+    def at_once(self) -> signal.Signals | None:
+        """SIGINT or SIGTERM once nobody wants to wait any more."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleeps until something may have happened, at most `timeout_s`."""
+        ...
 
 
 @dataclass
@@ -31,8 +82,8 @@ class Island:
 
     Args:
         name, index: see `gangs.island_names`.
-        gang: its entry in job.json.
-        child: its supervisor.
+        gang: its name, nodes and tasks_per_node.
+        started: what runs of it.
         attempt: that runs.
         outcome: how it ended for good: done, preempted, interrupted, failed; None while it runs.
         exit_code, reason: of its last attempt.
@@ -41,7 +92,7 @@ class Island:
     name: str
     index: int
     gang: dict[str, Any]
-    child: Child | None = None
+    started: Running | None = None
     attempt: Attempt | None = None
     outcome: str | None = None
     exit_code: int = 0
@@ -53,15 +104,27 @@ class Islands:
 
     Args:
         attempt: of the run.
-        job: content of its job.json.
-        inbox: requests to stop.
+        gangs: of the job, as in job.json.
+        grace_s: how long islands that are behind have, once one has done all steps.
+        requests: to stop.
         pulse: sign of life of the run's launcher.
         note: records a launch event.
+        starter: starts islands.
     """
 
-    def __init__(self, attempt: Attempt, job: dict[str, Any], inbox: Inbox, pulse: Pulse, note: Callable[..., None]) -> None:
-        self._attempt, self._job, self._inbox, self._pulse, self._note = attempt, job, inbox, pulse, note
-        self._islands = [Island(gang["name"], index, gang) for index, gang in enumerate(job["gangs"])]
+    def __init__(
+        self,
+        attempt: Attempt,
+        gangs: Sequence[dict[str, Any]],
+        grace_s: float,
+        requests: Requests,
+        pulse: Pulse,
+        note: Callable[..., None],
+        starter: Starter,
+    ) -> None:
+        self._attempt, self._grace_s, self._requests, self._pulse, self._note = attempt, grace_s, requests, pulse, note
+        self._starter = starter
+        self._islands = [Island(gang["name"], index, gang) for index, gang in enumerate(gangs)]
 
     def run(self) -> tuple[str, int, str]:
         """Runs all islands to their end; returns how the stage ended: outcome, exit code, and the reason for people."""
@@ -71,15 +134,15 @@ class Islands:
                     self._start(island)
                 return self._follow()
         finally:
-            end_all([island.child for island in self._islands if island.child is not None], gently=True)
+            self._end_started(self._islands)
 
     def _follow(self) -> tuple[str, int, str]:
         forwarded: signal.Signals | None = None
         limit = float("inf")
         while True:
             for island in self._running():
-                assert island.child is not None
-                if not island.child.running:
+                assert island.started is not None
+                if not island.started.running:
                     self._ended(island, again=forwarded is None)
             running = self._running()
             if not running:
@@ -87,64 +150,38 @@ class Islands:
             if any(island.outcome == "failed" and island.exit_code in _HOPELESS for island in self._islands):
                 # What one island cannot do because of the configuration, or of what it found, no other can.
                 self._end(running, "another island cannot go on")
-            if self._inbox.at_once or time.monotonic() > limit:
-                self._end(running, "asked to end at once" if self._inbox.at_once else "the other islands are done")
-            elif self._inbox.stop is not None and forwarded is None:
-                forwarded = self._inbox.stop
-                self._note("signal", signal=signal_name(forwarded), reason=self._inbox.why, stage="train")
+            if self._requests.at_once or time.monotonic() > limit:
+                self._end(running, "asked to end at once" if self._requests.at_once else "the other islands are done")
+            elif self._requests.stop is not None and forwarded is None:
+                forwarded = self._requests.stop
+                self._note("signal", signal=signal_name(forwarded), reason=self._requests.why, stage="train")
                 for island in running:
-                    assert island.child is not None
-                    island.child.signal(forwarded)
+                    assert island.started is not None
+                    island.started.signal(forwarded)
             if any(island.outcome == "done" for island in self._islands) and limit == float("inf"):
                 # The run has all its steps; an island that is behind by now has nothing to add.
-                limit = time.monotonic() + self._job["grace_s"]
+                limit = time.monotonic() + self._grace_s
             self._pulse.beat()
-            self._inbox.wait(HEARTBEAT_EVERY_S if limit == float("inf") else min(HEARTBEAT_EVERY_S, limit - time.monotonic() + 0.01))
+            self._requests.wait(HEARTBEAT_EVERY_S if limit == float("inf") else min(HEARTBEAT_EVERY_S, limit - time.monotonic() + 0.01))
 
     def _running(self) -> list[Island]:
         return [island for island in self._islands if island.outcome is None]
 
     def _start(self, island: Island) -> None:
         """Starts the next attempt of an island."""
-        island.attempt = attempt = new_island_attempt(self._attempt.run, island.name, self._attempt.config())
-        log = attempt.launch / "supervisor.log"
-        arguments = [str(attempt.run.path), str(attempt.number)]
-        environ = import_environ(os.environ)
-        island.child = Child.start(island.name, island.index, "factory_train.launchers.supervisor", arguments, environ, log)
-        pid = island.child.process.pid
-        job = {
-            **self._job,
-            "pid": pid,
-            "pid_started": process_started_at(pid),
-            "run_dir": str(attempt.run.path),
-            "attempt": attempt.number,
-            "detached": False,
-            "gangs": [island.gang],
-            "islands": False,
-            "stages": ["train"],
-            "tracker": False,
-            "environ": self._job["environ"] | self._cards(island),
-        }
-        storage.write_json(attempt.job_path, job)
-        self._note("island-started", island=island.name, attempt=attempt.number, pid=pid)
-
-    def _cards(self, island: Island) -> dict[str, str]:
-        """Gives each island cards of its own, where the machine has enough for all."""
-        each, cards = island.gang["tasks_per_node"], len(visible_cards())
-        if cards < each * len(self._islands):
-            return {}
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cards)))).split(",")
-        return {"CUDA_VISIBLE_DEVICES": ",".join(shown[island.index * each : (island.index + 1) * each])}
+        island.attempt = new_island_attempt(self._attempt.run, island.name, self._attempt.config())
+        island.started = self._starter.start(island, island.attempt)
+        self._note("island-started", island=island.name, attempt=island.attempt.number)
 
     def _ended(self, island: Island, *, again: bool) -> None:
         """Notes how an attempt of an island ended, and starts the next one where that may help."""
-        assert island.child is not None
+        assert island.started is not None
         assert island.attempt is not None
-        island.child.sweep()
+        self._starter.end([island.started])
         verdict = island.attempt.verdict()
         outcome = verdict.outcome if verdict else "failed-transient"
         island.exit_code = verdict.exit_code if verdict else ExitCode.FAILED
-        island.reason = verdict.reason if verdict else f"its supervisor {island.child.death()}"
+        island.reason = verdict.reason if verdict else f"its launcher {island.started.death()}"
         self._note("island-ended", island=island.name, attempt=island.attempt.number, outcome=outcome, reason=island.reason)
         if outcome in ("done", "preempted", "interrupted"):
             island.outcome = outcome
@@ -156,21 +193,24 @@ class Islands:
     def _may_try(self, island: Island, again: bool) -> bool:
         others_done = any(other.outcome == "done" for other in self._islands)
         fruitless = attempts.count_fruitless(island_run(self._attempt.run, island.name)) >= attempts.MOST_FRUITLESS
-        return again and not others_done and not fruitless and island.exit_code not in _HOPELESS and not self._inbox.at_once
+        return again and not others_done and not fruitless and island.exit_code not in _HOPELESS and not self._requests.at_once
 
     def _end(self, islands: list[Island], reason: str) -> None:
         self._note("kill", names=[island.name for island in islands], reason=reason)
-        end_all([island.child for island in islands if island.child is not None], gently=True)
+        self._end_started(islands)
         for island in islands:
             island.outcome, island.reason = "killed", reason
+
+    def _end_started(self, islands: Sequence[Island]) -> None:
+        self._starter.end([island.started for island in islands if island.started is not None])
 
     def _conclude(self) -> tuple[str, int, str]:
         """Returns how the stage ended: done if one island did all steps, for its outer parameters are everybody's."""
         outcomes = {island.outcome for island in self._islands}
         if "done" in outcomes:
             return "done", ExitCode.OK, ""
-        if self._inbox.at_once:
-            code = ExitCode.INTERRUPTED if self._inbox.at_once == signal.SIGINT else ExitCode.FAILED
+        if self._requests.at_once:
+            code = ExitCode.INTERRUPTED if self._requests.at_once == signal.SIGINT else ExitCode.FAILED
             return "killed", code, "ended at once; what followed the last checkpoint is lost"
         for outcome, code in (("interrupted", ExitCode.INTERRUPTED), ("preempted", ExitCode.PREEMPTED)):
             if outcome in outcomes:

@@ -22,6 +22,7 @@ from factory_train.launchers.attempt_runner import End
 from factory_train.launchers.child import Child, end_all, signal_name
 from factory_train.launchers.environment import child_environ
 from factory_train.launchers.inbox import Inbox
+from factory_train.launchers.island_supervisors import Supervisors
 from factory_train.launchers.islands import Islands
 from factory_train.launchers.job import WorkerEnv
 from factory_train.launchers.pulse import Pulse
@@ -82,7 +83,9 @@ class Supervisor:
     def _run_islands(self) -> End | None:
         if self._job["tracker"]:
             self._start_tracker()
-        outcome, code, reason = Islands(self._attempt, self._job, self._inbox, self._pulse, self._note).run()
+        gangs, grace_s = self._job["gangs"], self._job["grace_s"]
+        islands = Islands(self._attempt, gangs, grace_s, self._inbox, self._pulse, self._note, Supervisors(self._job))
+        outcome, code, reason = islands.run()
         return None if outcome == "done" else End(outcome, code, reason)
 
     def _run_stage(self, stage: str) -> End | None:

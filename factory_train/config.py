@@ -178,8 +178,8 @@ class LauncherConfig:
         None, "Ray: dashboard of the cluster (http://HOST:8265), or local for one of our own; null is $RAY_ADDRESS", safe=True
     )
     elastic: ElasticConfig = setting(ElasticConfig, "elastic")
-    nodes: int = setting(1, "number of machines", safe=True)
-    tasks_per_node: Optional[int] = setting(None, "ranks a machine; null is one a GPU, or 2 without GPUs", safe=True)
+    nodes: int = setting(1, "number of machines; of each island, where there are islands", safe=True)
+    tasks_per_node: Optional[int] = setting(None, "ranks a machine (and island); null is one a GPU, or 2 without GPUs", safe=True)
     sweep_parallel: int = setting(1, "runs of a sweep that go on at once", safe=True)
     grace_s: float = setting(120.0, "seconds the ranks have to save after a stop signal before they are ended", safe=True)
     hang_s: float = setting(120.0, "Slurm, Ray: a rank silent for so long, while another is not, has stopped; 0 never", safe=True)
@@ -219,6 +219,10 @@ class LauncherConfig:
     )
     chain: int = setting(4, "jobs queued behind the first where requeue=chain", safe=True)
     then: list[str] = setting([], "jobs that follow when the run has ended well: evaluate, export", safe=True)
+    island_jobs: str = setting(
+        "one", "Slurm: islands are groups of nodes of one job, or each is a job of its own", choices=("one", "separate"), safe=True
+    )
+    islands_per_node: int = setting(1, "Slurm, island_jobs=one: islands that share a node, each with cards of its own", safe=True)
 
 
 @dataclass

@@ -43,8 +43,18 @@ def has_islands(run: RunDir) -> bool:
 
 def run_of_island(run: RunDir) -> RunDir:
     """Returns the run that an island's directory belongs to."""
-    assert run.path.parent.name == _FOLDER, run.path
+    assert is_island(run), run.path
     return RunDir(run.path.parent.parent)
+
+
+def is_island(run: RunDir) -> bool:
+    """Returns whether a directory is that of an island."""
+    return run.path.parent.name == _FOLDER
+
+
+def title(run: RunDir) -> str:
+    """Returns the name of a run; that of an island names its run too."""
+    return f"{run_of_island(run).name}-{run.name}" if is_island(run) else run.name
 
 
 def exchange_folder(run: RunDir) -> Path:

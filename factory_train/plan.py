@@ -147,12 +147,13 @@ class Plan:
 
 
 def resolve_tasks_per_node(cfg: Config, hardware: Hardware) -> int:
-    """Returns the ranks of one machine: as configured, else one a card, or `CPU_RANKS` without cards."""
+    """Returns the ranks of one machine (and island): as configured, else one a card, or `CPU_RANKS` without cards."""
     if cfg.launcher.tasks_per_node is not None:
         return cfg.launcher.tasks_per_node
     if cfg.parallel.strategy == "single":
         return 1
-    return hardware.num_devices if hardware.device == "cuda" else CPU_RANKS
+    sharing = cfg.launcher.islands_per_node if cfg.diloco.islands else 1
+    return max(1, hardware.num_devices // sharing) if hardware.device == "cuda" else CPU_RANKS
 
 
 def make_plan(cfg: Config, vocab_size: int, hardware: Hardware, vocab_exact: bool) -> Plan:

@@ -31,6 +31,15 @@ def turn_off(run: RunDir, name: str) -> None:
     path(run, name).unlink(missing_ok=True)
 
 
+def take(run: RunDir, name: str) -> bool:
+    """Removes the file and returns whether it was there: one of several that look acts on it."""
+    try:
+        path(run, name).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def is_on(run: RunDir, name: str) -> bool:
     """Returns whether the file is there."""
     return path(run, name).exists()

@@ -182,13 +182,10 @@ class AllocationLauncher:
         return AllocationHandle(handle)
 
     def describe(self, job: JobSpec) -> str:
-        (gang,) = job.gangs
         allocation = self._allocation()
         spec = self._spec(job, allocation, attached=True)
         lines = [f"allocation {allocation.job_id}: steps on {', '.join(allocation.nodes)}"]
-        for stage in job.stages:
-            nodes, tasks = (gang.nodes, gang.tasks_per_node) if stage == "train" else (1, 1)
-            lines.append(f"  {stage:8} {shlex.join(slurm_script.stage_command(spec, stage, nodes=nodes, tasks_per_node=tasks))}")
+        lines += [f"  {stage:8} {shlex.join(command)}" for stage in job.stages for command in slurm_script.stage_commands(spec, stage)]
         return "\n".join(lines)
 
     def _allocation(self) -> Allocation:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ from factory_train.launchers import attempts, autopsy
 from factory_train.launchers.child import Child, end_all
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.inbox import Inbox
+from factory_train.launchers.islands import Islands, Starter
 from factory_train.launchers.job import WorkerEnv
 from factory_train.launchers.pulse import Pulse
 from factory_train.run_dir import Attempt
@@ -67,6 +69,8 @@ class AttemptRunner(ABC):
         self._attempt, self._spec, self._inbox, self._deadline = attempt, spec, inbox, deadline
         self._tracker: Child | None = None
         self._pulse = Pulse(attempt)
+        # The run as people know it: its switches count, and its figures are sent to the tracker.
+        self._run = attempt.run
 
     @abstractmethod
     def _start(self, stage: str, orders: WorkerEnv) -> None:
@@ -108,6 +112,14 @@ class AttemptRunner(ABC):
     def _after(self, *, goes_on: bool) -> None:
         """Acts on the verdict: `goes_on` when another attempt makes sense."""
 
+    def _about(self, stage: str) -> Attempt:
+        """Returns the attempt that a stage belongs to: its log, its failure."""
+        return self._attempt
+
+    def _starter(self) -> Starter | None:
+        """Returns what starts this attempt's islands; None where its ranks are one gang."""
+        return None
+
     def _rest(self, timeout_s: float) -> None:
         """Waits until something may have happened, at most `timeout_s`."""
         self._inbox.wait(timeout_s)
@@ -145,7 +157,7 @@ class AttemptRunner(ABC):
             self._inbox.wait(0)
             if (stop := self._stop()) is not None:
                 return self._stopped(stop, f"before stage '{stage}'")
-            if switches.is_on(self._attempt.run, switches.STOP):
+            if switches.is_on(self._run, switches.STOP):
                 return End("interrupted", ExitCode.INTERRUPTED, f"stopped before stage '{stage}'")
             if stage == "train" and self._spec["tracker"]:
                 self._start_tracker()
@@ -160,10 +172,12 @@ class AttemptRunner(ABC):
 
     def _run_stage(self, stage: str) -> End | None:
         """Runs one stage to its end; returns None if the next one may follow."""
-        gang = self._spec["gang"]
+        if stage == "train" and (starter := self._starter()) is not None:
+            return self._run_islands(starter)
+        gang, about = self._spec["gang"], self._about(stage)
         orders = WorkerEnv(
-            run_dir=str(self._attempt.run.path),
-            attempt=self._attempt.number,
+            run_dir=str(about.run.path),
+            attempt=about.number,
             gang=gang["name"],
             local_world_size=gang["tasks_per_node"] if stage == "train" else 1,
             master_addr=self._master() if stage == "train" else "127.0.0.1",
@@ -196,6 +210,12 @@ class AttemptRunner(ABC):
             self._rest(min(1.0, max(0.0, limit - now)))
         return self._ended(stage, code, told)
 
+    def _run_islands(self, starter: Starter) -> End | None:
+        note = self._attempt.record_launch_event
+        islands = Islands(self._attempt, self._spec["islands"], self._spec["grace_s"], _Requests(self), self._pulse, note, starter)
+        outcome, code, reason = islands.run()
+        return None if outcome == "done" else End(outcome, code, reason)
+
     def _reason_to_end(self, stage: str) -> End | None:
         """Returns why a stage must not go on: a rank that has stopped, a switch, the time limit."""
         if stage == "train":
@@ -209,7 +229,7 @@ class AttemptRunner(ABC):
             if first is not None and 0 < stall_s < time.time() - newest:
                 return self._hung(first, f"stands in '{first.phase}' of step {first.step + 1}, and no rank has moved for {stall_s:.0f} s")
             return None
-        if switches.is_on(self._attempt.run, switches.STOP):
+        if switches.is_on(self._run, switches.STOP):
             return End("interrupted", ExitCode.INTERRUPTED, f"stopped during stage '{stage}'")
         if self._deadline is not None and time.time() > self._deadline - _LAST_S:
             return End("preempted", ExitCode.PREEMPTED, f"the time limit was reached in stage '{stage}'")
@@ -221,17 +241,18 @@ class AttemptRunner(ABC):
         return End("failed-transient", ExitCode.FAILED, f"rank {beat.rank} {what}")
 
     def _ended(self, stage: str, code: int, told: Stop | None) -> End | None:
-        if self._attempt.verdict() is not None or (code == 0 and (self._attempt.launch / f"{stage}.done").exists()):
+        about = self._about(stage)
+        if about.verdict() is not None or (code == 0 and (about.launch / f"{stage}.done").exists()):
             return None
         if code == ExitCode.PREEMPTED and stage != "train":
             return self._unsaved(stage, told) if told else End("preempted", ExitCode.PREEMPTED, f"stopped in stage '{stage}'")
-        error = self._attempt.error()
+        error = about.error()
         if error is None:
             if told is not None:
                 return self._unsaved(stage, told)
             where = self._attempt.launch.relative_to(self._attempt.run.path)
             self._record_error(stage, 0, self._host_of(0), self._unexplained(code), f"see {where}")
-            error = self._attempt.error() or {}
+            error = about.error() or {}
         who = f"rank {error.get('rank', 0)}" if stage == "train" else f"stage '{stage}'"
         reason = f"{who}: {error.get('message') or 'failed'}"
         failed = error.get("exit_code", code)
@@ -241,7 +262,7 @@ class AttemptRunner(ABC):
 
     def _record_error(self, stage: str, rank: int, host: str, message: str, hint: str) -> None:
         error = {"stage": stage, "rank": rank, "host": host, "message": message, "hint": hint}
-        self._attempt.record_error({"time": time.time(), **error, "traceback": None})
+        self._about(stage).record_error({"time": time.time(), **error, "traceback": None})
 
     def _stopped(self, stop: Stop, where: str) -> End:
         """The end of a job that was asked to stop and had nothing to save."""
@@ -277,7 +298,7 @@ class AttemptRunner(ABC):
         return code
 
     def _start_tracker(self) -> None:
-        arguments = [str(self._attempt.run.path), "--follow"]
+        arguments = [str(self._run.path), "--follow"]
         environ = {name: value for name, value in import_environ(os.environ).items() if not WorkerEnv.owns(name)} | self._spec["environ"]
         try:
             self._tracker = Child.start("sync", 0, self._spec["tracker_module"], arguments, environ, self._attempt.log_path("sync"))
@@ -288,3 +309,30 @@ class AttemptRunner(ABC):
         limit = time.monotonic() + _TRACKER_S
         while self._tracker and self._tracker.running and time.monotonic() < limit and self._inbox.stop is None:
             self._inbox.wait(1.0)
+
+
+class _Requests:
+    """What is asked of an attempt, as `Islands` wants to know it; a superseded attempt finds out here."""
+
+    def __init__(self, runner: AttemptRunner) -> None:
+        self._runner = runner
+
+    @property
+    def stop(self) -> signal.Signals | None:
+        stop = self._runner._stop()
+        return None if stop is None else signal.Signals[f"SIG{stop.signal}"]
+
+    @property
+    def why(self) -> str:
+        stop = self._runner._stop()
+        return stop.reason if stop else ""
+
+    @property
+    def at_once(self) -> signal.Signals | None:
+        return None if self._runner._at_once() is None else signal.SIGINT
+
+    def wait(self, timeout_s: float) -> None:
+        attempt = self._runner._attempt
+        attempt.check_fence("looking after its islands")
+        # Not longer: the end of an island's process is told at once, other things have to be looked for.
+        self._runner._rest(min(1.0, max(0.0, timeout_s)))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from factory_train import switches
 from factory_train.errors import ExitCode
 from factory_train.gangs import island_run, new_island_attempt
 from factory_train.launchers import attempts
@@ -152,9 +153,9 @@ class Islands:
                 self._end(running, "another island cannot go on")
             if self._requests.at_once or time.monotonic() > limit:
                 self._end(running, "asked to end at once" if self._requests.at_once else "the other islands are done")
-            elif self._requests.stop is not None and forwarded is None:
-                forwarded = self._requests.stop
-                self._note("signal", signal=signal_name(forwarded), reason=self._requests.why, stage="train")
+            elif forwarded is None and (asked := self._asked()) is not None:
+                forwarded, why = asked
+                self._note("signal", signal=signal_name(forwarded), reason=why, stage="train")
                 for island in running:
                     assert island.started is not None
                     island.started.signal(forwarded)
@@ -164,12 +165,24 @@ class Islands:
             self._pulse.beat()
             self._requests.wait(HEARTBEAT_EVERY_S if limit == float("inf") else min(HEARTBEAT_EVERY_S, limit - time.monotonic() + 0.01))
 
+    def _asked(self) -> tuple[signal.Signals, str] | None:
+        """Returns the request to save and stop and where it is from; a wish for a checkpoint is passed on."""
+        run = self._attempt.run
+        if switches.take(run, switches.SAVE):
+            for island in self._islands:
+                switches.turn_on(island_run(run, island.name), switches.SAVE)
+        if (stop := self._requests.stop) is not None:
+            return stop, self._requests.why
+        return (signal.SIGINT, "asked to stop (switches/stop)") if switches.is_on(run, switches.STOP) else None
+
     def _running(self) -> list[Island]:
         return [island for island in self._islands if island.outcome is None]
 
     def _start(self, island: Island) -> None:
         """Starts the next attempt of an island."""
         island.attempt = new_island_attempt(self._attempt.run, island.name, self._attempt.config())
+        # What was asked of the attempt before has been done.
+        switches.turn_off(island.attempt.run, switches.STOP)
         island.started = self._starter.start(island, island.attempt)
         self._note("island-started", island=island.name, attempt=island.attempt.number)
 
@@ -217,10 +230,14 @@ class Islands:
                 return outcome, code, f"{outcome}: {next(island.reason for island in self._islands if island.outcome == outcome)}"
         worst = max((island for island in self._islands if island.outcome == "failed"), key=lambda island: island.exit_code in _HOPELESS)
         assert worst.attempt is not None
-        error = worst.attempt.error()
-        if error is not None:
-            log = worst.attempt.log_path(f"rank-{error.get('rank', 0):05d}")
-            message, log_name = f"{worst.name}: {error.get('message')}", os.path.relpath(log, self._attempt.run.path)
-            self._attempt.record_error({**error, "message": message, "log": log_name})
+        repeat_error(self._attempt, worst.attempt)
         by_user = worst.exit_code in _HOPELESS and worst.exit_code != ExitCode.INTEGRITY
         return "failed-user" if by_user else "failed-transient", worst.exit_code, f"{worst.name}: {worst.reason}"
+
+
+def repeat_error(attempt: Attempt, of_island: Attempt) -> None:
+    """Makes the first failure of an island's attempt that of the run's, unless this has one."""
+    error = of_island.error()
+    if error is not None:
+        log = os.path.relpath(of_island.log_path(f"rank-{error.get('rank', 0):05d}"), attempt.run.path)
+        attempt.record_error({**error, "message": f"{of_island.run.name}: {error.get('message')}", "log": log})

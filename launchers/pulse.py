@@ -14,10 +14,11 @@ class Pulse:
 
     Args:
         attempt: whose heartbeat it is.
+        name: of the process, where an attempt has several.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._path = attempt.path / "heartbeat" / "launcher"
+    def __init__(self, attempt: Attempt, name: str = "launcher") -> None:
+        self._path = attempt.path / "heartbeat" / name
         self._last = 0.0
 
     def beat(self) -> None:

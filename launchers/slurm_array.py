@@ -11,7 +11,7 @@ from typing import Any
 
 from factory_train import storage
 from factory_train.errors import ConfigError
-from factory_train.launchers import slurm_queue, slurm_script
+from factory_train.launchers import slurm_island_jobs, slurm_queue, slurm_script
 from factory_train.launchers.job import JobSpec
 from factory_train.launchers.slurm import SPEC_NAME, SlurmHandle, SlurmLauncher
 
@@ -55,19 +55,19 @@ def arrays(points: Mapping[int, JobSpec], name: str, folder: Path, parallel: int
                 where="launcher.requeue",
                 fix="launcher.requeue=requeue, or never",
             )
-        (gang,) = job.gangs
-        asked = slurm_script.parameters(job.options, gang, name, folder)
+        if slurm_island_jobs.are_meant(job):
+            raise ConfigError("a point of a sweep is one job", where="launcher.island_jobs", fix="launcher.island_jobs=one")
+        asked = slurm_script.parameters(job, name, folder)
         alike.setdefault(json.dumps(asked, sort_keys=True), {})[number] = job
     return [_array(found, name, folder, parallel, code, index) for index, found in enumerate(alike.values(), start=1)]
 
 
 def _array(points: Mapping[int, JobSpec], name: str, folder: Path, parallel: int, code: Path, index: int) -> Array:
     first = next(iter(points.values()))
-    (gang,) = first.gangs
     elements = f"{_ranges(sorted(points))}%{min(parallel, len(points))}"
     orders = folder / f"array-{index}.json"
     command = slurm_script.batch_command(code, "factory_train.launchers.slurm_batch", [str(orders)], os.environ)
-    return Array(points, slurm_script.parameters(first.options, gang, name, folder, array=elements), orders, command)
+    return Array(points, slurm_script.parameters(first, name, folder, array=elements), orders, command)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

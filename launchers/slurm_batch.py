@@ -18,8 +18,10 @@ from factory_train.errors import ExitCode, FactoryTrainError
 from factory_train.launchers import attempts, slurm_array, slurm_preflight, slurm_queue, slurm_script
 from factory_train.launchers.attempt_runner import AttemptRunner, End, Stop
 from factory_train.launchers.environment import import_environ
-from factory_train.launchers.inbox import Inbox
+from factory_train.launchers.inbox import END_SIGNAL, Inbox
+from factory_train.launchers.islands import Starter
 from factory_train.launchers.job import WorkerEnv
+from factory_train.launchers.slurm_islands import IslandSteps
 from factory_train.launchers.slurm_restart import Restart
 from factory_train.run_dir import Attempt, RunDir
 
@@ -36,8 +38,9 @@ class Batch(AttemptRunner):
 
     def __init__(self, attempt: Attempt, job_id: str, nodes: list[str], inbox: Inbox) -> None:
         super().__init__(attempt, storage.read_json(attempt.launch / "slurm.json"), inbox, slurm_queue.end_time(job_id))
-        # An allocation may have more nodes than the job wants.
-        self._job_id, self._nodes = job_id, nodes[: self._spec["gang"]["nodes"]]
+        # An allocation may have more nodes than the job wants, and an island has some of the job's.
+        self._job_id, self._nodes = job_id, (self._spec.get("nodes") or nodes)[: self._spec["num_nodes"]]
+        self._steps = IslandSteps(self._spec, self._nodes, job_id) if self._spec["islands"] else None
         # Whether the nodes were there before the job, and whether it ends with the command that started it.
         self._in_allocation, self._is_attached = "nodes" in self._spec, bool(self._spec.get("attached"))
         if self._is_attached:
@@ -76,13 +79,21 @@ class Batch(AttemptRunner):
         self._bad_nodes = list(bad)
         return End("failed-transient", ExitCode.PREFLIGHT, reason)
 
+    def _starter(self) -> Starter | None:
+        return self._steps
+
     def _stop(self) -> Stop | None:
         if self._in_allocation and self._inbox.stop == signal.SIGINT:
             return Stop("INT", self._inbox.why)
+        if self._steps is not None and (told := self._steps.told()) is not None:
+            return Stop(*told)
         return super()._stop()
 
     def _at_once(self) -> End | None:
         if not self._is_attached or self._inbox.at_once is None:
+            return None
+        if "share" in self._spec and END_SIGNAL not in self._inbox.received:
+            # Slurm's SIGTERM to all processes of the job, and the same from the job's launcher, are one request.
             return None
         why = f"ended at once by a second {self._inbox.at_once.name}; what followed the last checkpoint is lost"
         return End("killed", ExitCode.INTERRUPTED, why)
@@ -159,12 +170,17 @@ def own_job_id(environ: dict[str, str]) -> str:
     return environ["SLURM_JOB_ID"]
 
 
-def main() -> int:
-    """Takes the attempt that is this start's, and runs it."""
+def begin() -> tuple[Inbox, str]:
+    """Takes over the signals and returns what collects them, and this job's id."""
     inbox = Inbox()
     # What SIGHUP means to a terminal it does not mean here.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    job_id = own_job_id(dict(os.environ))
+    return inbox, own_job_id(dict(os.environ))
+
+
+def main() -> int:
+    """Takes the attempt that is this start's, and runs it."""
+    inbox, job_id = begin()
     folder, number = sys.argv[1:] if len(sys.argv) == 3 else slurm_array.point_of(Path(sys.argv[1]), os.environ["SLURM_ARRAY_TASK_ID"])
     attempt = attempts.take(RunDir.open(Path(folder)), int(number), job_id)
     if attempt is None:

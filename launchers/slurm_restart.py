@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from factory_train import storage, switches
 from factory_train.errors import FactoryTrainError
 from factory_train.launchers import slurm_queue
-from factory_train.run_dir import Attempt
+from factory_train.run_dir import Attempt, RunDir
 
 _TRIES, _PAUSE_S = 4, 0.3
 
@@ -20,37 +20,43 @@ class Restart:
         attempt: that ends.
         job_id: of this job, as squeue shows it.
         how: launcher.requeue.
+        run: whose switches count; None is that of the attempt.
     """
 
-    def __init__(self, attempt: Attempt, job_id: str, how: str) -> None:
-        self._attempt, self._job_id, self._how = attempt, job_id, how
+    def __init__(self, attempt: Attempt, job_id: str, how: str, run: RunDir | None = None) -> None:
+        self._attempt, self._job_id, self._how, self._run = attempt, job_id, how, run or attempt.run
 
-    def ask(self, bad_nodes: Sequence[str] = ()) -> None:
+    def ask(self, bad_nodes: Sequence[str] = ()) -> bool:
         """Has Slurm start the job again, unless it means to already, or the next of a chain follows, or nobody wants it.
 
         Args:
             bad_nodes: what starts next does without these.
+
+        Returns:
+            Whether another attempt is to be expected.
         """
         attempt = self._attempt
         attempt.check_fence("asking for a restart")
-        if switches.is_on(attempt.run, switches.STOP):
-            return
+        if switches.is_on(self._run, switches.STOP):
+            return False
         if self._how == "chain":
-            self._leave_out(bad_nodes, [job_id for job_id in self._behind() if slurm_queue.job_state(job_id) == "PENDING"])
+            waiting = [job_id for job_id in self._behind() if slurm_queue.job_state(job_id) == "PENDING"]
+            self._leave_out(bad_nodes, waiting)
         if self._how != "requeue":
             attempt.record_launch_event("no-requeue", reason=f"launcher.requeue={self._how}")
-            return
+            return self._how == "chain" and bool(waiting)
         state = slurm_queue.job_state(self._job_id)
         if state not in ("RUNNING", "SUSPENDED"):
             # Slurm is ending the job: to start it again (preemption, lost node), or because somebody cancelled it.
             attempt.record_launch_event("no-requeue", reason=f"Slurm has the job in state {state}")
-            return
+            return state != "CANCELLED"
         attempt.record_launch_event("requeue", job_id=self._job_id)
         if (why := self._requeue()) is not None:
             attempt.record_launch_event("requeue-failed", reason=why)
-            return
+            return False
         # Slurm takes no other nodes for a job that runs, but does from now on, and leaves this process KillWait to say so.
         self._leave_out(bad_nodes, [self._job_id])
+        return True
 
     def end_chain(self) -> None:
         """Takes the jobs behind this one out of the queue: there is nothing left for them."""

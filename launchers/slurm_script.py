@@ -11,8 +11,8 @@ from typing import Any
 
 from factory_train.config import LauncherConfig
 from factory_train.errors import ConfigError, PreflightError
-from factory_train.launchers import slurm_queue
-from factory_train.launchers.job import Gang
+from factory_train.launchers import slurm_islands, slurm_queue
+from factory_train.launchers.job import JobSpec
 
 # Verbs that may follow a run as jobs of their own.
 FOLLOWERS = ("evaluate", "export")
@@ -56,8 +56,20 @@ def check(options: LauncherConfig) -> None:
             where="launcher.then",
             fix="launcher.requeue=requeue",
         )
+    if options.island_jobs == "separate":
+        _check_islands_apart(options)
     if options.container is None and options.container_mounts:
         raise ConfigError("mounts without a container", where="launcher.container_mounts", fix="launcher.container=IMAGE")
+
+
+def _check_islands_apart(options: LauncherConfig) -> None:
+    fix = "launcher.island_jobs=one"
+    if options.islands_per_node > 1:
+        raise ConfigError("islands that are jobs of their own share no node", where="launcher.islands_per_node", fix=fix)
+    if options.nodelist is not None:
+        raise ConfigError("the jobs of all islands would wait for the same nodes", where="launcher.nodelist", fix=fix)
+    if options.then:
+        raise ConfigError("which island ends the run is not known beforehand, so no job can follow it", where="launcher.then", fix=fix)
 
 
 def warning_s(options: LauncherConfig) -> int:
@@ -66,9 +78,7 @@ def warning_s(options: LauncherConfig) -> int:
     return options.warn_s if limit_s is None or limit_s < 0 else max(1, min(options.warn_s, limit_s // 4))
 
 
-def parameters(
-    options: LauncherConfig, gang: Gang, name: str, launch: Path, *, dependency: str | None = None, array: str | None = None
-) -> dict[str, Any]:
+def parameters(job: JobSpec, name: str, launch: Path, *, dependency: str | None = None, array: str | None = None) -> dict[str, Any]:
     """Returns what submitit's SlurmExecutor is told.
 
     Args:
@@ -77,10 +87,14 @@ def parameters(
         dependency: as in sbatch --dependency.
         array: as in sbatch --array; None for an ordinary job.
     """
+    options, whole = job.options, slurm_islands.whole(job.gangs, job.options.islands_per_node)
     requeue = "requeue" if options.requeue == "requeue" else "no-requeue"
     more: dict[str, Any] = {"output": str(launch / ("slurm-%A_%a.log" if array else "slurm-%j.log")), requeue: True}
     if array is not None:
         more["array"] = array
+    if len(job.gangs) > 1:
+        # The island on a node that is lost must not take the others with it.
+        more["no-kill"] = True
     if options.reservation is not None:
         more["reservation"] = options.reservation
     if dependency is not None:
@@ -96,8 +110,8 @@ def parameters(
         "wckey": None,
         **plain,
         "job_name": name,
-        "nodes": gang.nodes,
-        "ntasks_per_node": gang.tasks_per_node,
+        "nodes": whole.nodes,
+        "ntasks_per_node": whole.tasks_per_node,
         "signal_delay_s": warning_s(options),
         "stderr_to_stdout": True,
         "use_srun": False,
@@ -231,6 +245,7 @@ def stage_command(spec: Mapping[str, Any], stage: str, *, nodes: int, tasks_per_
         spec: content of launch/slurm.json.
         nodes, tasks_per_node: of the stage: 1 and 1 but for `train`.
     """
+    _, sharing = spec.get("share", (0, 1))
     command = [
         "srun",
         f"--nodes={nodes}",
@@ -245,13 +260,29 @@ def stage_command(spec: Mapping[str, Any], stage: str, *, nodes: int, tasks_per_
     ]
     if spec["cpus_per_task"]:
         # From 22.05 on srun no longer takes this from sbatch. One process of a stage of its own may have the cores of all ranks.
-        share = 1 if stage == "train" else spec["tasks_per_node"]
+        share = sharing if stage == "train" else spec["tasks_per_node"]
         command.append(f"--cpus-per-task={spec['cpus_per_task'] * share}")
+    if sharing > 1:
+        # Islands on one node have all of its cores together: bound, each would have the first ones.
+        command.append("--cpu-bind=none")
     if spec.get("nodes"):
         # Inside an allocation that others may use too: what they hold there is shared, and rank 0 is on the first node.
         command += [f"--nodelist={','.join(spec['nodes'][:nodes])}", "--overlap"]
     command += spec["srun_args"]
     return [*command, *in_container(spec, [spec["python"], "-m", "factory_train.launchers.slurm_task", stage])]
+
+
+def stage_commands(spec: Mapping[str, Any], stage: str) -> list[list[str]]:
+    """Returns the srun lines of a stage, for people: one, or one an island, on nodes whose names are not known yet."""
+    gang = spec["gang"]
+    if stage != "train":
+        return [stage_command(spec, stage, nodes=1, tasks_per_node=1)]
+    specs = [spec]
+    if spec["islands"]:
+        nodes = spec.get("nodes") or [f"NODE{number}" for number in range(1, spec["num_nodes"] + 1)]
+        found = slurm_islands.shares(len(spec["islands"]), gang["nodes"], spec["islands_per_node"], nodes)
+        specs = [slurm_islands.step_spec(spec, island, share) for island, share in zip(spec["islands"], found, strict=True)]
+    return [stage_command(each, stage, nodes=gang["nodes"], tasks_per_node=gang["tasks_per_node"]) for each in specs]
 
 
 def verb_command(spec: Mapping[str, Any], code: Path, words: Sequence[str], environ: Mapping[str, str]) -> str:

@@ -19,7 +19,8 @@ from factory_train.launchers import autopsy
 from factory_train.launchers.child import Child
 from factory_train.launchers.environment import child_environ
 from factory_train.launchers.fabric import fabric_environ
-from factory_train.launchers.job import WorkerEnv
+from factory_train.launchers.job import MAIN_GANG, WorkerEnv
+from factory_train.launchers.slurm_islands import own_cards
 
 # Passed on to the worker. Slurm sends them to every process of a step, or to this one alone: twice is as good as once.
 _PASSED_ON = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -51,7 +52,12 @@ def main() -> int:
     spec = storage.read_json(attempt.launch / "slurm.json")
     name = f"rank-{worker.rank:05d}" if stage == "train" else stage
     network = fabric_environ(spec["fabric"], spec["interface"], attempt.path / "logs") if stage == "train" else {}
-    environ = child_environ(os.environ, {**network, **spec["environ"]}, worker, one_machine=worker.world_size == worker.local_world_size)
+    share = spec.get("share")
+    if share and (cards := own_cards(os.environ.get("CUDA_VISIBLE_DEVICES"), share, worker.local_world_size)) is not None:
+        network["CUDA_VISIBLE_DEVICES"] = cards
+    # An island within one machine talks to others, which may be elsewhere.
+    one_machine = worker.world_size == worker.local_world_size and worker.gang == MAIN_GANG
+    environ = child_environ(os.environ, {**network, **spec["environ"]}, worker, one_machine=one_machine)
     early: list[int] = []
     for signum in _PASSED_ON:
         signal.signal(signum, lambda number, frame: early.append(number))

@@ -96,7 +96,8 @@ def test_every_launcher_key_of_sbatch_becomes_its_flag(tmp_path: Path) -> None:
         extra=["mail-type=END", "spread-job"],
         setup=["module load cuda"],
     )
-    parameters = slurm_script.parameters(options, Gang("main", 2, 4), "run", tmp_path, dependency="afterok:7")
+    job = JobSpec(new_run(tmp_path), (Gang("main", 2, 4),), options=options)
+    parameters = slurm_script.parameters(job, "run", tmp_path, dependency="afterok:7")
     text = slurm_script.text(parameters, tmp_path, "true")
     for flag in (
         *("account=lab", "partition=train", "qos=high", "reservation=maintenance", "constraint=a100", "gpus-per-node=4", "gres=gpu:a100:4"),

@@ -101,6 +101,8 @@ PROOFS: dict[str, list[Shown | Refused | Elsewhere]] = {
     "requeue": [Shown("requeue", "Requeue=1"), Shown("never", "Requeue=0"), Shown("chain", "Dependency=singleton", {"chain": 1})],
     "chain": [Shown(2, "Requeue=0", {"requeue": "chain"})],
     "then": [Shown(["export"], "Dependency=afterok:")],
+    "island_jobs": [Elsewhere("test_slurm_diloco.py: one job, and one for each island")],
+    "islands_per_node": [InOrders(2, '"islands_per_node": 2')],
 }
 
 

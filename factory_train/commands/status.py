@@ -22,6 +22,7 @@ from factory_train.errors import ConfigError, FactoryTrainError
 from factory_train.gangs import exchange_folder, has_islands
 from factory_train.launchers.by_name import is_alive, scheduled
 from factory_train.launchers.ray_jobs import RayJob
+from factory_train.launchers.slurm import SlurmHandle
 from factory_train.launchers.slurm_queue import QueuedJob
 from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
 from factory_train.runs_index import all_runs, find_run, runs_root
@@ -158,11 +159,12 @@ def _job(run: RunDir) -> tuple[QueuedJob | RayJob | None, str | None]:
     kind = handle.job["launcher"]
     try:
         job = handle.queued()
+        parts = [part.queued() for part in handle.parts] if isinstance(handle, SlurmHandle) else [job]
     except FactoryTrainError as error:
         return None, f"{kind} {handle.job_ids[0]}: {error.what}"
     if job is None:
         return None, f"{kind} {handle.job_ids[0]}: has ended"
-    return job, f"{kind} {job.id}: {job.state}" + (f" on {job.nodes}" if job.nodes else "")
+    return job, f"{kind} " + ", ".join(f"{part.id}: {part.state}" + (f" on {part.nodes}" if part.nodes else "") for part in parts if part)
 
 
 def _state(run: RunDir, attempt: Attempt, job: QueuedJob | RayJob | None) -> str:

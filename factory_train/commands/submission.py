@@ -134,11 +134,11 @@ def _for_islands(config: Config, cache: Path) -> Config:
     Raises:
         ConfigError: this launcher starts no islands.
     """
-    if config.launcher.name != "local":
+    if config.launcher.name not in ("local", "slurm"):
         raise ConfigError(
             f"the {config.launcher.name} launcher starts one world of ranks, not {config.diloco.islands} islands",
             where="diloco.islands",
-            fix="launcher=local for islands on this machine, or diloco=none",
+            fix="launcher=local for islands on this machine, launcher=slurm, or diloco=none",
         )
     # An island's directory lies deeper, and the default is relative to the run's.
     return replace(config, data=replace(config.data, cache_dir=str(cache.absolute())))

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
+import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from factory_train.distributed.process_group import interface_towards
+
+
+def listen_where_others_are(store: dist.Store, rank: int, size: int) -> None:
+    """Has gloo listen where members on other machines can reach it, unless that is settled; all members call it.
+
+    By itself gloo takes what the host's own name resolves to, which on many machines is a loopback address.
+
+    Args:
+        store: where they find each other.
+        rank, size: place among them, and their number.
+
+    Raises:
+        RuntimeError: not all came within the store's timeout.
+    """
+    mine = socket.gethostname()
+    store.set(f"host/{rank}", mine)
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    hosts = [store.get(f"host/{other}").decode() for other in range(size)]
+    elsewhere = next((host for host in hosts if host != mine), None)
+    name = interface_towards(elsewhere) if elsewhere is not None else None
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 class GlooWire:

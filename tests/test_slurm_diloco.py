@@ -1,0 +1,281 @@
+"""Islands on a real Slurm of four nodes: groups of nodes of one job, and jobs of their own (all but the first with -m long)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import command
+import pytest
+import slurm_cluster
+from slurm_cluster import text_file, told, until
+
+from factory_train.checkpoint.catalog import list_checkpoints
+from factory_train.checkpoint.compare import compare
+from factory_train.checkpoint.reader import CheckpointReader
+from factory_train.distributed.board import FolderBoard
+from factory_train.gangs import exchange_folder, island_run
+from factory_train.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from slurm_cluster import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+ISLANDS = ("island-0", "island-1")
+STEPS = 64
+# Two islands of two ranks each.
+WORDS = (
+    *("recipe=llama_diloco", "diloco.fragments=2", "diloco.sync_every=8", "diloco.silence_s=3", "diloco.grace_s=60"),
+    *(*slurm_cluster.QUICK, "tracking=none", f"train.steps={STEPS}"),
+)
+ON_SLURM = ("launcher=slurm", "launcher.fabric=loopback")
+ONE = (*ON_SLURM, "launcher.nodes=2", "launcher.tasks_per_node=1", "launcher.island_jobs=one")
+SEPARATE = (*ON_SLURM, "launcher.nodes=2", "launcher.tasks_per_node=1", "launcher.island_jobs=separate")
+# An island on one node: two nodes are left for what returns.
+ON_ONE_NODE = ("launcher.nodes=1", "launcher.tasks_per_node=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("slurm_islands")
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> RunDir:
+    """The same islands on one machine, without a scheduler."""
+    done = command.run(
+        *WORDS, "launcher=local", "launcher.tasks_per_node=2", "run=local", f"data.path={text_file(folder)}", cwd=folder, timeout_s=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return RunDir.open(folder / "runs" / "llama_diloco-local")
+
+
+def submit(folder: Path, name: str, *words: str) -> RunDir:
+    done = command.run(*WORDS, f"run={name}", f"data.path={text_file(folder)}", *words, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return RunDir.open(folder / "runs" / f"llama_diloco-{name}")
+
+
+def told_by_all(run: RunDir) -> str:
+    """Returns what a failed wait should show."""
+    homes = [run, *(island_run(run, island) for island in ISLANDS)]
+    return "\n".join(told(home) for home in homes if home.path.is_dir())
+
+
+def done(run: RunDir, timeout_s: float = 300.0) -> None:
+    until(lambda: (verdict := run.attempts()[-1].verdict()) and verdict.outcome == "done", timeout_s, lambda: told_by_all(run))
+
+
+def curve(run: RunDir, island: str) -> dict[int, tuple[float, int]]:
+    """Returns loss and samples of an island, step by step."""
+    return {row["step"]: (row["loss"], row["data_hash"]) for row in island_run(run, island).metrics() if row["kind"] == "train"}
+
+
+def check_same(run: RunDir, other: RunDir) -> None:
+    """Two runs computed the same, bit for bit: every step of every island, and the outer state at the end."""
+    for island in ISLANDS:
+        assert curve(run, island) == curve(other, island), island
+    with CheckpointReader(list_checkpoints(run)[0].path) as first, CheckpointReader(list_checkpoints(other)[0].path) as second:
+        assert not [str(found) for found in compare(first, second) if not found.equal]
+
+
+def nodes(run: RunDir, island: str, attempt: int = -1) -> list[str]:
+    events = island_run(run, island).attempts()[attempt].events()
+    return next(event["nodes"] for event in events if event["event"] == "start")
+
+
+def step(run: RunDir, island: str) -> int:
+    beat = FolderBoard.reading(exchange_folder(run)).beats().get(island)
+    return beat.step if beat else 0
+
+
+def num_attempts(run: RunDir, island: str) -> int:
+    home = island_run(run, island)
+    return len(home.attempt_numbers()) if home.path.is_dir() else 0
+
+
+def is_member(run: RunDir, island: str) -> bool:
+    board = FolderBoard.reading(exchange_folder(run))
+    epoch, beat = board.epoch(), board.beats().get(island)
+    return epoch is not None and beat is not None and epoch.has(island, num_attempts(run, island)) and beat.epoch == epoch.number
+
+
+def check_all_agree(run: RunDir, steps: int) -> None:
+    """All islands made the last step and hold the same outer state."""
+    prints = set()
+    for island in ISLANDS:
+        newest = list_checkpoints(island_run(run, island))[0]
+        assert newest.step == steps, island
+        with CheckpointReader(newest.path) as reader:
+            prints.add(reader.state["diloco"]["fingerprint"])
+    assert len(prints) == 1
+    assert list_checkpoints(run)[0].step == steps
+
+
+def processes(run: RunDir, island: str) -> dict[int, int]:
+    """Returns the pid of each rank of an island."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = dict(pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair)
+            arguments = (folder / "cmdline").read_text().split("\0")
+        except (OSError, ValueError):
+            continue
+        of_island = environ.get("FACTORY_TRAIN_RUN_DIR") == str(island_run(run, island).path)
+        if of_island and arguments[1:4] == ["-m", "factory_train.worker", "train"]:
+            found[int(environ["FACTORY_TRAIN_RANK"])] = int(folder.name)
+    return found
+
+
+def training(run: RunDir, above: int = 8) -> None:
+    """Waits until all islands are members and train."""
+    until(lambda: all(step(run, island) > above and is_member(run, island) for island in ISLANDS), 240, lambda: told_by_all(run))
+
+
+def test_two_islands_of_two_ranks_on_four_nodes_compute_what_one_machine_does(cluster: Cluster, local: RunDir, folder: Path) -> None:
+    run = submit(folder, "one", *ONE)
+    done(run)
+    check_same(run, local)
+    assert len({node for island in ISLANDS for node in nodes(run, island)}) == 4
+    assert list(run.evaluation.glob(f"step-{STEPS:08d}.json"))
+    assert (run.export / "config.json").is_file()
+    shown = command.run("status", run.name, cwd=folder).stdout
+    assert f"island-1 left at step {STEPS}" in shown
+    assert command.run("logs", run.name, "--island", "1", "--rank", "1", cwd=folder).returncode == 0
+
+
+@pytest.mark.long
+def test_islands_that_are_jobs_of_their_own_compute_the_same_and_one_of_them_ends_the_run(
+    cluster: Cluster, local: RunDir, folder: Path
+) -> None:
+    run = submit(folder, "two", *SEPARATE)
+    jobs = json.loads(run.attempts()[-1].job_path.read_text())
+    assert len(set(jobs["job_ids"])) == 2
+    done(run)
+    check_same(run, local)
+    assert len({node for island in ISLANDS for node in nodes(run, island)}) == 4
+    assert len(list(run.evaluation.glob("*.json"))) == 1
+    assert (run.export / "config.json").is_file()
+    events = [event["event"] for event in run.attempts()[-1].events()]
+    assert events.count("diloco-epoch") == 1
+    until(lambda: not cluster.slurm("squeue", "--noheader", "--states=running,pending", f"--job={','.join(jobs['job_ids'])}"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [ONE, SEPARATE], ids=["one", "separate"])
+def test_a_killed_island_returns_while_the_other_goes_on(cluster: Cluster, folder: Path, words: tuple[str, ...]) -> None:
+    name = f"killed-{words[-1].rpartition('=')[2]}"
+    run = submit(folder, name, *words, "train.steps=3000", "train.log_every=100")
+    training(run)
+    for pid in processes(run, "island-1").values():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: num_attempts(run, "island-1") == 2 and is_member(run, "island-1"), 240, lambda: told_by_all(run))
+    back = step(run, "island-0")
+    assert back < 3000, "the run was over before the island was back"
+    done(run, 600)
+    check_all_agree(run, 3000)
+    assert num_attempts(run, "island-0") == 1
+    assert len(run.attempts()) == 1
+
+
+def begun_from(run: RunDir, island: str, attempt: int) -> int:
+    """Returns the step that an attempt of an island took from checkpoints."""
+    events = island_run(run, island).attempts()[attempt - 1].events()
+    return next(event["step"] for event in events if event["event"] == "island-loaded")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [ONE, SEPARATE], ids=["one", "separate"])
+def test_preempted_islands_save_and_go_on_together(cluster: Cluster, folder: Path, words: tuple[str, ...]) -> None:
+    name = f"preempted-{words[-1].rpartition('=')[2]}"
+    run = submit(folder, name, *words, "launcher.partition=preempt", "train.steps=2000", "train.log_every=100")
+    training(run, above=40)
+    cluster.slurm("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    done(run, 600)
+    check_all_agree(run, 2000)
+    first = [island_run(run, island).attempts()[0].verdict() for island in ISLANDS]
+    assert [verdict.outcome for verdict in first if verdict] == ["preempted", "preempted"]
+    assert [num_attempts(run, island) for island in ISLANDS] == [2, 2]
+    begun = {begun_from(run, island, 2) for island in ISLANDS}
+    assert len(begun) == 1, "together"
+    # At most one save interval is repeated.
+    assert min(begun) >= max(verdict.step for verdict in first if verdict and verdict.step) - 20
+    if words is ONE:
+        verdict = run.attempts()[0].verdict()
+        assert verdict is not None
+        assert (verdict.outcome, len(run.attempts())) == ("preempted", 2)
+    else:
+        assert len(run.attempts()) == 1, "there is no job above those of the islands"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [ONE, SEPARATE], ids=["one", "separate"])
+def test_a_person_stops_all_islands_and_resumes_them(cluster: Cluster, folder: Path, words: tuple[str, ...]) -> None:
+    name = f"stopped-{words[-1].rpartition('=')[2]}"
+    run = submit(folder, name, *words, "train.steps=100000", "train.log_every=100")
+    training(run)
+    shown = command.run("status", run.name, cwd=folder).stdout
+    assert shown.count("RUNNING on node") == (1 if words is ONE else 2), shown
+    stopped = command.run("stop", run.name, cwd=folder)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    verdict = run.attempts()[-1].verdict()
+    assert verdict is not None, told_by_all(run)
+    assert verdict.outcome == "interrupted"
+    last = max(list_checkpoints(island_run(run, island))[0].step for island in ISLANDS) + 40
+    resumed = command.run("resume", run.name, f"train.steps={last}", cwd=folder)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    done(run)
+    check_all_agree(run, last)
+    assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["one", "separate"])
+def test_an_island_whose_node_is_lost_takes_no_other_with_it(cluster: Cluster, folder: Path, how: str) -> None:
+    words = (*ON_SLURM, *ON_ONE_NODE, f"launcher.island_jobs={how}", "train.steps=3000", "train.log_every=100")
+    run = submit(folder, f"lost-{how}", *words)
+    training(run)
+    (lost,) = nodes(run, "island-1")
+    cluster.script("kill-node", lost, "now")
+    try:
+        if how == "separate":
+            until(lambda: num_attempts(run, "island-1") == 2 and is_member(run, "island-1"), 240, lambda: told_by_all(run))
+            assert nodes(run, "island-1") != [lost]
+        done(run, 600)
+    finally:
+        cluster.script("start-node", lost)
+    assert (num_attempts(run, "island-0"), len(run.attempts())) == (1, 1)
+    if how == "separate":
+        check_all_agree(run, 3000)
+
+
+@pytest.mark.long
+def test_islands_on_one_node_have_cards_of_their_own(cluster: Cluster, folder: Path) -> None:
+    shared = ("launcher.islands_per_node=2", "launcher.gpus_per_node=4", "hardware.device=cpu")
+    run = submit(folder, "shared", *ON_SLURM, *ON_ONE_NODE, *shared, "train.steps=400")
+    training(run, above=0)
+    shown = [
+        dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)["CUDA_VISIBLE_DEVICES"]
+        for island in ISLANDS
+        for pid in processes(run, island).values()
+    ]
+    assert shown == ["0,1", "0,1", "2,3", "2,3"]
+    done(run)
+    check_all_agree(run, 400)
+    assert nodes(run, "island-0") == nodes(run, "island-1")
+
+
+@pytest.mark.long
+def test_the_time_limit_of_the_job_is_that_of_all_islands(cluster: Cluster, folder: Path) -> None:
+    run = submit(folder, "limit", *ONE, "launcher.time=1", "train.steps=100000", "train.log_every=100")
+    until(lambda: len(run.attempts()) == 2 and all(num_attempts(run, island) == 2 for island in ISLANDS), 400, lambda: told_by_all(run))
+    verdict = run.attempts()[0].verdict()
+    assert verdict is not None
+    assert verdict.outcome == "preempted"
+    training(run)
+    assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) > 0
+    assert command.run("stop", run.name, cwd=folder).returncode == 0

@@ -52,6 +52,7 @@ _POSITIVE = (
     "checkpoint.keep_last",
     "launcher.nodes",
     "launcher.tasks_per_node",
+    "launcher.islands_per_node",
     "launcher.sweep_parallel",
     "launcher.elastic.min_nodes",
     "tracking.sync_every_s",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
 from factory_train.distributed.process_group import interface_towards
 from factory_train.distributed.tcp_board import open_board
+from factory_train.distributed.step_reduction import StepFacts
+from factory_train.distributed.stop_meeting import CATCH_UP_S, WAIT_S, StopMeeting
 from factory_train.errors import CheckpointError, ConfigError, IntegrityError
 from factory_train.gangs import exchange_folder, island_names, local_islands, run_of_island, same_on_all_islands
 from factory_train.island_checkpoint import (
@@ -95,6 +98,11 @@ class IslandTrainer(Trainer):
         outer_saver = Saver(main, cfg.checkpoint, self._ranks, device, self._main_metrics.record_event)
         self.saver = IslandSaver(self.saver, outer_saver, self._outer_entries, self._describe)  # type: ignore[assignment]
         self._loader: ReopenedLoader | None = None
+        self._meeting = StopMeeting(self._board, self.island, attempt.number, self.outer.schedule)
+        stop.deadline.margin_s += WAIT_S + CATCH_UP_S
+        # When this island is to stop, once it was told to, and since when it counts steps.
+        self._stops_at: int | None = None
+        self._counts_from = 0, 0.0
 
     def _outer_loop(self) -> OuterLoop:
         cfg = self.cfg.diloco
@@ -103,7 +111,7 @@ class IslandTrainer(Trainer):
         schedule = Schedule(cfg.fragments, cfg.sync_every, cfg.delay, self.cfg.train.steps)
         state = OuterState(self.parameters, fragments, cfg.payload, error_feedback=cfg.error_feedback)
         copies = self._copies()
-        board = open_board(exchange_folder(self.run), cfg.rendezvous)
+        self._board = board = open_board(exchange_folder(self.run), cfg.rendezvous)
         if cfg.rendezvous is not None and (interface := interface_towards(Address.parse(cfg.rendezvous).host)) is not None:
             # Islands reach each other where they reach their meeting point; by itself gloo listens where the host's own name leads.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -188,9 +196,24 @@ class IslandTrainer(Trainer):
             assert self._loader is not None
             self._loader.reopen()
 
+    def _close_row(self, facts: StepFacts) -> None:
+        """See `Trainer._close_row`; an island that was told to stop goes on up to where the others stop."""
+        super()._close_row(facts)
+        if self.outcome is None or self.step >= self.cfg.train.steps:
+            return
+        if self._stops_at is None:
+            self._stops_at = self._ranks.agree_on_main("agreeing on where to stop", self._meet)
+        if self._stops_at is None or self.step < self._stops_at:
+            self.outcome = None
+
+    def _meet(self) -> int | None:
+        first, since = self._counts_from
+        return self._meeting.stops_at(self.step, self.outer.epoch.members, (time.monotonic() - since) / max(1, self.step - first))
+
     def _go_on_from(self, step: int) -> None:
         self.step = step
         self.cursor = LeasedCursor(self.outer.deal, self.island, step)
+        self._counts_from = step, time.monotonic()
 
     def _validate(self) -> None:
         if self._leads:

@@ -33,6 +33,8 @@ class Deadline:
         self._at, self._saves_s = at, list(saves_s or [])
         self._guess_s = min(_SAVE_GUESS_S, max(0.0, at - time.time()) * _SAVE_GUESS_PART) if at is not None else 0.0
         self._longest_step_s = 0.0
+        # What is needed besides saving.
+        self.margin_s = _MARGIN_S
         self._looks, self._last_look = 0, 0.0
 
     @staticmethod
@@ -45,9 +47,9 @@ class Deadline:
 
     @property
     def need_s(self) -> float:
-        """How long before the deadline the ranks must begin to stop: two saves, two of the longest steps, and a margin."""
+        """How long before the deadline the ranks must begin to stop: two saves, two of the longest steps, and `margin_s`."""
         save_s = max(self._saves_s[-5:]) if self._saves_s else self._guess_s
-        return 2 * save_s + 2 * self._longest_step_s + _MARGIN_S
+        return 2 * save_s + 2 * self._longest_step_s + self.margin_s
 
     def is_near(self) -> bool:
         """Returns whether it is time to save and stop; call it once a step: it learns from that how long steps take."""

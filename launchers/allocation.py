@@ -84,21 +84,32 @@ def check_started_once(environ: Mapping[str, str] = os.environ) -> None:
         )
 
 
-def fill_in(options: LauncherConfig, allocation: Allocation) -> dict[str, Any]:
+def fill_in(options: LauncherConfig, allocation: Allocation, islands: int = 0) -> dict[str, Any]:
     """Returns the launcher keys that follow from the allocation: all of its nodes, unless fewer were asked for.
+
+    Args:
+        islands: that share them; 0 for an ordinary run.
 
     Raises:
         ConfigError: more nodes than it has.
     """
-    if options.nodes > len(allocation.nodes):
+    together = max(1, min(options.islands_per_node, islands))
+    groups, there = -(-max(1, islands) // together), len(allocation.nodes)
+    most = there // groups
+    if most == 0:
         raise ConfigError(
-            f"{options.nodes} nodes, and allocation {allocation.job_id} has {len(allocation.nodes)}",
-            where="launcher.nodes",
-            fix=f"launcher.nodes={len(allocation.nodes)}",
+            f"{islands} islands, and allocation {allocation.job_id} has {there} nodes",
+            where="diloco.islands",
+            fix=f"launcher.islands_per_node={-(-islands // there)}",
         )
+    if options.nodes > most:
+        each = f" for each of {islands} islands" if islands else ""
+        what = f"{options.nodes} nodes{each}, and allocation {allocation.job_id} has {there}"
+        raise ConfigError(what, where="launcher.nodes", fix=f"launcher.nodes={most}")
+    tasks = allocation.tasks_per_node
     return {
-        "nodes": options.nodes if options.nodes > 1 else len(allocation.nodes),
-        "tasks_per_node": options.tasks_per_node or allocation.tasks_per_node,
+        "nodes": options.nodes if options.nodes > 1 else most,
+        "tasks_per_node": options.tasks_per_node or (max(1, tasks // together) if tasks else None),
         "gpus_per_node": options.gpus_per_node or allocation.gpus_per_node,
     }
 

@@ -193,6 +193,8 @@ class SlurmLauncher:
             look = slurm_preflight.command(spec, job.attempt.run.path, spec["num_nodes"], self.code(job))
             lines.append(f"  {'look':8} {shlex.join(look)}")
         lines += [f"  {stage:8} {shlex.join(command)}" for stage in job.stages for command in slurm_script.stage_commands(spec, stage)]
+        if spec["islands"]:
+            lines.append("  NODE1 and so on are the nodes that Slurm gives the job, in its order")
         for verb in job.options.then:
             lines.append(f"  then     {self.follower(job, verb, 'JOB')[2].splitlines()[-1]}   (a job with --dependency=afterok)")
         return "\n".join(lines)

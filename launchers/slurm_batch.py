@@ -66,7 +66,7 @@ class Batch(AttemptRunner):
             while not look.is_over():
                 if (stop := self._stop()) is not None:
                     return self._stopped(stop, "before stage 'prepare'")
-                if switches.is_on(attempt.run, switches.STOP):
+                if switches.is_on(self._run, switches.STOP):
                     return End("interrupted", ExitCode.INTERRUPTED, "stopped before stage 'prepare'")
                 self._pulse.beat()
                 self._rest(1.0)

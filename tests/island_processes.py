@@ -59,9 +59,13 @@ def run_islands(orders: list[dict[str, Any]], islands: int, ranks: int = 1, time
 
 
 def _work(island: str, rank: int, ranks: int, orders: list[dict[str, Any]]) -> None:
+    from factory_train.distributed import stop_meeting
     from factory_train.launchers.job import WorkerEnv
     from factory_train.preemption import StopSignal
     from factory_train.recipes.pretrain import train
+
+    # They stop at the step they were told, not behind the next round.
+    stop_meeting._NEAR_S = 0.0
 
     class StopAt(StopSignal):
         """Asks to stop so that the last completed step is `step`: the ranks learn of it one step late."""

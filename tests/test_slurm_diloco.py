@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +34,11 @@ WORDS = (
     *("recipe=llama_diloco", "diloco.fragments=2", "diloco.sync_every=8", "diloco.silence_s=3", "diloco.grace_s=60"),
     *(*slurm_cluster.QUICK, "tracking=none", f"train.steps={STEPS}"),
 )
-ON_SLURM = ("launcher=slurm", "launcher.fabric=loopback")
+# Two small jobs would share nodes.
+ON_SLURM = ("launcher=slurm", "launcher.fabric=loopback", "launcher.exclusive=true")
 ONE = (*ON_SLURM, "launcher.nodes=2", "launcher.tasks_per_node=1", "launcher.island_jobs=one")
 SEPARATE = (*ON_SLURM, "launcher.nodes=2", "launcher.tasks_per_node=1", "launcher.island_jobs=separate")
+ENDLESS = ("train.steps=100000", "train.log_every=100")
 # An island on one node: two nodes are left for what returns.
 ON_ONE_NODE = ("launcher.nodes=1", "launcher.tasks_per_node=2")
 
@@ -116,6 +120,18 @@ def check_all_agree(run: RunDir, steps: int) -> None:
     assert list_checkpoints(run)[0].step == steps
 
 
+def stop(run: RunDir, folder: Path) -> int:
+    """Stops a run, checks that all islands saved the same step of the same outer state, and returns that step."""
+    stopped = command.run("stop", run.name, cwd=folder)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    verdict = run.attempts()[-1].verdict()
+    assert verdict is not None, told_by_all(run)
+    assert verdict.outcome == "interrupted", told_by_all(run)
+    last = list_checkpoints(run)[0].step
+    check_all_agree(run, last)
+    return last
+
+
 def processes(run: RunDir, island: str) -> dict[int, int]:
     """Returns the pid of each rank of an island."""
     found = {}
@@ -169,15 +185,12 @@ def test_islands_that_are_jobs_of_their_own_compute_the_same_and_one_of_them_end
 @pytest.mark.parametrize("words", [ONE, SEPARATE], ids=["one", "separate"])
 def test_a_killed_island_returns_while_the_other_goes_on(cluster: Cluster, folder: Path, words: tuple[str, ...]) -> None:
     name = f"killed-{words[-1].rpartition('=')[2]}"
-    run = submit(folder, name, *words, "train.steps=3000", "train.log_every=100")
+    run = submit(folder, name, *words, *ENDLESS)
     training(run)
     for pid in processes(run, "island-1").values():
         os.kill(pid, signal.SIGKILL)
     until(lambda: num_attempts(run, "island-1") == 2 and is_member(run, "island-1"), 240, lambda: told_by_all(run))
-    back = step(run, "island-0")
-    assert back < 3000, "the run was over before the island was back"
-    done(run, 600)
-    check_all_agree(run, 3000)
+    stop(run, folder)
     assert num_attempts(run, "island-0") == 1
     assert len(run.attempts()) == 1
 
@@ -192,18 +205,17 @@ def begun_from(run: RunDir, island: str, attempt: int) -> int:
 @pytest.mark.parametrize("words", [ONE, SEPARATE], ids=["one", "separate"])
 def test_preempted_islands_save_and_go_on_together(cluster: Cluster, folder: Path, words: tuple[str, ...]) -> None:
     name = f"preempted-{words[-1].rpartition('=')[2]}"
-    run = submit(folder, name, *words, "launcher.partition=preempt", "train.steps=2000", "train.log_every=100")
+    run = submit(folder, name, *words, "launcher.partition=preempt", *ENDLESS)
     training(run, above=40)
     cluster.slurm("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
-    done(run, 600)
-    check_all_agree(run, 2000)
+    until(lambda: [num_attempts(run, island) for island in ISLANDS] == [2, 2], 240, lambda: told_by_all(run))
+    training(run)
+    stop(run, folder)
     first = [island_run(run, island).attempts()[0].verdict() for island in ISLANDS]
     assert [verdict.outcome for verdict in first if verdict] == ["preempted", "preempted"]
-    assert [num_attempts(run, island) for island in ISLANDS] == [2, 2]
-    begun = {begun_from(run, island, 2) for island in ISLANDS}
-    assert len(begun) == 1, "together"
-    # At most one save interval is repeated.
-    assert min(begun) >= max(verdict.step for verdict in first if verdict and verdict.step) - 20
+    # All stopped at one step, and no step is repeated.
+    assert [begun_from(run, island, 2) for island in ISLANDS] == [verdict.step for verdict in first if verdict]
+    assert len({verdict.step for verdict in first if verdict}) == 1
     if words is ONE:
         verdict = run.attempts()[0].verdict()
         assert verdict is not None
@@ -216,28 +228,22 @@ def test_preempted_islands_save_and_go_on_together(cluster: Cluster, folder: Pat
 @pytest.mark.parametrize("words", [ONE, SEPARATE], ids=["one", "separate"])
 def test_a_person_stops_all_islands_and_resumes_them(cluster: Cluster, folder: Path, words: tuple[str, ...]) -> None:
     name = f"stopped-{words[-1].rpartition('=')[2]}"
-    run = submit(folder, name, *words, "train.steps=100000", "train.log_every=100")
+    run = submit(folder, name, *words, *ENDLESS)
     training(run)
     shown = command.run("status", run.name, cwd=folder).stdout
     assert shown.count("RUNNING on node") == (1 if words is ONE else 2), shown
-    stopped = command.run("stop", run.name, cwd=folder)
-    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    verdict = run.attempts()[-1].verdict()
-    assert verdict is not None, told_by_all(run)
-    assert verdict.outcome == "interrupted"
-    last = max(list_checkpoints(island_run(run, island))[0].step for island in ISLANDS) + 40
-    resumed = command.run("resume", run.name, f"train.steps={last}", cwd=folder)
+    last = stop(run, folder)
+    resumed = command.run("resume", run.name, f"train.steps={last + 40}", cwd=folder)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     done(run)
-    check_all_agree(run, last)
-    assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) > 0
+    check_all_agree(run, last + 40)
+    assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) == last
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["one", "separate"])
 def test_an_island_whose_node_is_lost_takes_no_other_with_it(cluster: Cluster, folder: Path, how: str) -> None:
-    words = (*ON_SLURM, *ON_ONE_NODE, f"launcher.island_jobs={how}", "train.steps=3000", "train.log_every=100")
-    run = submit(folder, f"lost-{how}", *words)
+    run = submit(folder, f"lost-{how}", *ON_SLURM, *ON_ONE_NODE, f"launcher.island_jobs={how}", *ENDLESS)
     training(run)
     (lost,) = nodes(run, "island-1")
     cluster.script("kill-node", lost, "now")
@@ -245,12 +251,18 @@ def test_an_island_whose_node_is_lost_takes_no_other_with_it(cluster: Cluster, f
         if how == "separate":
             until(lambda: num_attempts(run, "island-1") == 2 and is_member(run, "island-1"), 240, lambda: told_by_all(run))
             assert nodes(run, "island-1") != [lost]
-        done(run, 600)
+            stop(run, folder)
+        else:
+            # It cannot return: its node has left the job.
+            given_up = step(run, "island-0")
+            until(lambda: num_attempts(run, "island-1") == 3 and step(run, "island-0") > given_up + 50, 240, lambda: told_by_all(run))
+            assert command.run("stop", run.name, cwd=folder).returncode == 0
     finally:
         cluster.script("start-node", lost)
     assert (num_attempts(run, "island-0"), len(run.attempts())) == (1, 1)
-    if how == "separate":
-        check_all_agree(run, 3000)
+    verdict = run.attempts()[-1].verdict()
+    assert verdict is not None
+    assert verdict.outcome == "interrupted"
 
 
 @pytest.mark.long
@@ -271,11 +283,23 @@ def test_islands_on_one_node_have_cards_of_their_own(cluster: Cluster, folder: P
 
 @pytest.mark.long
 def test_the_time_limit_of_the_job_is_that_of_all_islands(cluster: Cluster, folder: Path) -> None:
-    run = submit(folder, "limit", *ONE, "launcher.time=1", "train.steps=100000", "train.log_every=100")
+    run = submit(folder, "limit", *ONE, "launcher.time=1", *ENDLESS)
     until(lambda: len(run.attempts()) == 2 and all(num_attempts(run, island) == 2 for island in ISLANDS), 400, lambda: told_by_all(run))
     verdict = run.attempts()[0].verdict()
     assert verdict is not None
     assert verdict.outcome == "preempted"
     training(run)
-    assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) > 0
-    assert command.run("stop", run.name, cwd=folder).returncode == 0
+    assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) == verdict.step
+    stop(run, folder)
+
+
+@pytest.mark.long
+def test_islands_share_the_nodes_of_an_allocation(cluster: Cluster, local: RunDir, folder: Path) -> None:
+    enter = ("salloc", "--quiet", "--nodes=4", "--ntasks-per-node=1", "--time=10")
+    train = (sys.executable, "-m", "factory_train", *WORDS, "launcher.fabric=loopback", "run=inside", f"data.path={text_file(folder)}")
+    found = subprocess.run([*enter, *train], cwd=folder, env=command.environment(), capture_output=True, text=True, timeout=400)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "allocation (inside allocation" in found.stdout
+    run = RunDir.open(folder / "runs" / "llama_diloco-inside")
+    check_same(run, local)
+    assert len({node for island in ISLANDS for node in nodes(run, island)}) == 4

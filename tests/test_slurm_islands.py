@@ -20,6 +20,7 @@ from factory_train.distributed.gloo_wire import listen_where_others_are
 from factory_train.errors import ConfigError
 from factory_train.gangs import island_names, island_run
 from factory_train.launchers import slurm_island_jobs, slurm_queue, slurm_script
+from factory_train.launchers.allocation import Allocation, fill_in
 from factory_train.launchers.job import Gang, JobSpec
 from factory_train.launchers.slurm import SlurmHandle
 from factory_train.launchers.slurm_islands import Share, own_cards, shares, step_spec, whole
@@ -77,6 +78,16 @@ def test_islands_that_share_a_node_share_its_cards_and_cores() -> None:
     gang = {"name": "island-1", "nodes": 1, "tasks_per_node": 2}
     line = slurm_script.stage_command(step_spec(spec, gang, Share(("node1",), 1, 2)), "train", nodes=1, tasks_per_node=2)
     assert {"--cpus-per-task=6", "--cpu-bind=none", "--overlap", "--nodelist=node1"} <= set(line)
+
+
+def test_islands_inside_an_allocation_share_its_nodes() -> None:
+    allocation = Allocation("7", tuple(NODES[:4]), 4, None)
+    assert fill_in(LauncherConfig(), allocation, 2) == {"nodes": 2, "tasks_per_node": 4, "gpus_per_node": None}
+    assert fill_in(LauncherConfig(islands_per_node=2), allocation, 4) == {"nodes": 2, "tasks_per_node": 2, "gpus_per_node": None}
+    with pytest.raises(ConfigError, match=r"3 nodes for each of 2 islands, and allocation 7 has 4\n.*launcher\.nodes=2"):
+        fill_in(LauncherConfig(nodes=3), allocation, 2)
+    with pytest.raises(ConfigError, match=r"launcher\.islands_per_node=2"):
+        fill_in(LauncherConfig(), allocation, 6)
 
 
 @pytest.mark.parametrize(("key", "value"), [("islands_per_node", 2), ("nodelist", "node1"), ("then", ["export"])])

@@ -29,12 +29,12 @@ def with_launcher(config: Config) -> tuple[Config, str]:
         # Resolved, so that `resume` in a shell of another environment finds the cluster.
         options = replace(options, address=ray_jobs.check(options))
     if name == "allocation":
-        options = replace(options, **_of_allocation(options))
+        options = replace(options, **_of_allocation(options, config.diloco.islands))
     wait = name in ("local", "allocation") if config.wait is None else config.wait
     return replace(config, wait=wait, launcher=options), f"{name} ({reason})"
 
 
-def _of_allocation(options: LauncherConfig) -> dict[str, Any]:
+def _of_allocation(options: LauncherConfig, islands: int) -> dict[str, Any]:
     allocation = find_allocation()
     if allocation is None:
         raise PreflightError(
@@ -48,7 +48,7 @@ def _of_allocation(options: LauncherConfig) -> dict[str, Any]:
             where="launcher.name",
             fix="run this outside of the container, or launcher=local for this machine alone",
         )
-    return fill_in(options, allocation)
+    return fill_in(options, allocation, islands)
 
 
 def _choose_launcher(config: Config) -> tuple[str, str]:

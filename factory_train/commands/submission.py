@@ -134,7 +134,7 @@ def _for_islands(config: Config, cache: Path) -> Config:
     Raises:
         ConfigError: this launcher starts no islands.
     """
-    if config.launcher.name not in ("local", "slurm"):
+    if config.launcher.name not in ("local", "slurm", "allocation"):
         raise ConfigError(
             f"the {config.launcher.name} launcher starts one world of ranks, not {config.diloco.islands} islands",
             where="diloco.islands",

@@ -138,6 +138,19 @@ class Board(ABC):
         found = self._records.all("beats")
         return {name: Beat(**{**value, "resumes": tuple(value["resumes"])}) for name, value in found.items()}
 
+    def write_stop(self, island: str, incarnation: int, step: int) -> None:
+        """Says that an island was told to stop, and the step it is at."""
+        self._records.replace("stops", island, {"incarnation": incarnation, "step": step})
+
+    def stops(self, islands: Mapping[str, int]) -> dict[str, int]:
+        """Returns at which step each of these islands was told to stop, if it was.
+
+        Args:
+            islands: incarnation of each.
+        """
+        said = {name: value for name, value in self._records.all("stops").items() if name in islands}
+        return {name: value["step"] for name, value in said.items() if value["incarnation"] == islands[name]}
+
     def take_lease(self, lease: Lease) -> bool:
         """Takes the coordinator's lease of that number; False when another island was faster."""
         return self._records.create("leases", lease.number, asdict(lease))

@@ -17,7 +17,7 @@ from factory_train.rendezvous.address import Address
 from factory_train.rendezvous.records import FolderRecords
 from factory_train.rendezvous.wire import Channel, ForeignError, Introduction, OtherVersionError, WrongTokenError, welcome
 
-_REPLACED = ("beats",)
+_REPLACED = ("beats", "stops")
 _NUMBERED = ("leases", "epochs")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PLACE = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -1,0 +1,81 @@
+"""Islands that are all told to stop do so at one step, and none waits for long for one that was not."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from factory_train.diloco_schedule import Schedule
+from factory_train.distributed.board import FolderBoard
+from factory_train.distributed.stop_meeting import StopMeeting
+
+MEMBERS = {"island-0": 3, "island-1": 1, "island-2": 7}
+# Rounds are sent every 4 steps and applied one step later.
+SCHEDULE = Schedule(2, 8, 1, 1000)
+
+
+def meeting(folder: Path, island: str, wait_s: float = 60.0, schedule: Schedule = SCHEDULE) -> StopMeeting:
+    return StopMeeting(FolderBoard(folder), island, MEMBERS[island], schedule, wait_s)
+
+
+def stop(folder: Path, told: dict[str, int], step_s: float, schedule: Schedule = SCHEDULE) -> dict[str, int]:
+    """Trains islands from the step at which each is told, a thread each; returns where they stop."""
+    ended = {}
+
+    def train(island: str, step: int) -> None:
+        mine = meeting(folder, island, schedule=schedule)
+        while (stops_at := mine.stops_at(step, MEMBERS, step_s)) is None:
+            step += 1
+        assert stops_at >= step
+        ended[island] = stops_at
+
+    threads = [threading.Thread(target=train, args=item) for item in told.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return ended
+
+
+def test_the_furthest_step_is_everybodys(tmp_path: Path) -> None:
+    """Rounds are far away where steps are slow, so they meet where they are."""
+    assert stop(tmp_path, {"island-0": 35, "island-1": 36, "island-2": 33}, step_s=1.5) == dict.fromkeys(MEMBERS, 36)
+
+
+def test_where_steps_are_quick_they_meet_behind_a_round(tmp_path: Path) -> None:
+    """Before it one may be waiting for another's part, and could not answer."""
+    found = stop(tmp_path, {"island-0": 35, "island-1": 35, "island-2": 35}, step_s=0.01)
+    # Sent after step 36, applied after step 37.
+    assert found == dict.fromkeys(MEMBERS, 38)
+    at_once = stop(tmp_path / "classic", {"island-0": 34, "island-1": 34, "island-2": 34}, 0.01, Schedule(1, 4, 0, 1000))
+    assert at_once == dict.fromkeys(MEMBERS, 37), "sent and applied after step 36"
+
+
+def test_whoever_hears_that_others_stop_answers_at_once(tmp_path: Path) -> None:
+    board = FolderBoard(tmp_path)
+    board.write_stop("island-1", MEMBERS["island-1"], 33)
+    board.write_stop("island-2", MEMBERS["island-2"], 36)
+    assert meeting(tmp_path, "island-0").stops_at(35, MEMBERS, 0.01) == 36
+    assert board.stops(MEMBERS) == {"island-0": 35, "island-1": 33, "island-2": 36}
+
+
+def test_an_island_that_was_not_told_keeps_none_waiting(tmp_path: Path) -> None:
+    began = time.monotonic()
+    assert meeting(tmp_path, "island-0", wait_s=0.2).stops_at(34, MEMBERS, 1.5) == 34
+    assert time.monotonic() - began >= 0.2
+    assert meeting(tmp_path, "island-0").stops_at(34, {"island-0": 3}, 1.5) == 34, "alone there is nobody to wait for"
+
+
+@pytest.mark.parametrize(("behind", "stops_at"), [(3, 36), (4, 32)])
+def test_catching_up_takes_seconds_and_no_longer(tmp_path: Path, behind: int, stops_at: int) -> None:
+    FolderBoard(tmp_path).write_stop("island-1", MEMBERS["island-1"], 36)
+    assert meeting(tmp_path, "island-0", wait_s=0.0).stops_at(36 - behind, MEMBERS, 1.5) == stops_at
+
+
+def test_what_an_earlier_attempt_of_an_island_said_counts_for_nothing(tmp_path: Path) -> None:
+    FolderBoard(tmp_path).write_stop("island-1", MEMBERS["island-1"] - 1, 90)
+    assert meeting(tmp_path, "island-0", wait_s=0.0).stops_at(35, MEMBERS, 0.01) is None
+    assert meeting(tmp_path, "island-0", wait_s=0.0).stops_at(38, MEMBERS, 0.01) == 38

@@ -104,3 +104,13 @@ class GlooWire:
             with contextlib.suppress(RuntimeError):
                 self._group.abort()
             self._group = None
+
+
+def wire_at(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, meet: datetime.timedelta) -> GlooWire:
+    """Returns a wire to those that come to a store, on whatever machine; arguments as of `GlooWire`.
+
+    Raises:
+        RuntimeError: not all came in time.
+    """
+    listen_where_others_are(store, rank, size)
+    return GlooWire(store, rank, size, timeout, meet)

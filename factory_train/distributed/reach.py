@@ -6,6 +6,7 @@ Each island listens on a port for hails, and answers with its name. Nothing else
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 import threading
@@ -27,11 +28,10 @@ class Reach:
 
     def __init__(self, name: str) -> None:
         self._name = name.encode()
-        host = _host()
+        host, known_as = _host()
         self._server = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        host, port = self._server.getsockname()[:2]
         # Where the others hail this island.
-        self.address = f"{host}:{port}"
+        self.address = f"{known_as}:{self._server.getsockname()[1]}"
         self._pool = ThreadPoolExecutor(_MOST_AT_ONCE, "diloco-hail")
         self._asked: dict[str, Future[bool]] | None = None
         self._answered: tuple[str, ...] | None = None
@@ -79,15 +79,20 @@ class Reach:
                 connection.sendall(self._name)
 
 
-def _host() -> str:
-    """Returns the address that gloo listens on: that of its interface, or what the machine's name means."""
+def _host() -> tuple[str, str]:
+    """Returns the address that gloo listens on, that of its interface or what the machine's name means, and what others call it.
+
+    Where the name means a loopback address here, it may mean another one elsewhere.
+    """
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     if interface is None:
         with contextlib.suppress(OSError):
-            return socket.gethostbyname(socket.gethostname())
-        return "127.0.0.1"
+            address = socket.gethostbyname(socket.gethostname())
+            return ("0.0.0.0", socket.gethostname()) if ipaddress.ip_address(address).is_loopback else (address, address)
+        return "127.0.0.1", "127.0.0.1"
     import psutil
 
     found = psutil.net_if_addrs().get(interface.split(",")[0], ())
     addresses = [item.address for family in (socket.AF_INET, socket.AF_INET6) for item in found if item.family == family]
-    return next(iter(addresses), "127.0.0.1")
+    address = next(iter(addresses), "127.0.0.1")
+    return address, address

@@ -30,9 +30,9 @@ from factory_train.distributed.gang import Copies
 from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
 from factory_train.distributed.process_group import interface_towards
-from factory_train.distributed.tcp_board import open_board
 from factory_train.distributed.step_reduction import StepFacts
 from factory_train.distributed.stop_meeting import CATCH_UP_S, WAIT_S, StopMeeting
+from factory_train.distributed.tcp_board import open_board
 from factory_train.errors import CheckpointError, ConfigError, IntegrityError
 from factory_train.gangs import exchange_folder, island_names, local_islands, run_of_island, same_on_all_islands
 from factory_train.island_checkpoint import (

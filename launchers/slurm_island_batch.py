@@ -18,6 +18,7 @@ from factory_train.launchers import attempts, slurm_island_jobs, slurm_queue
 from factory_train.launchers.attempt_runner import End, Stop
 from factory_train.launchers.inbox import Inbox
 from factory_train.launchers.pulse import Pulse
+from factory_train.launchers.rendezvous import serving
 from factory_train.launchers.slurm_batch import Batch, begin
 from factory_train.launchers.slurm_restart import Restart
 from factory_train.run_dir import Attempt, RunDir
@@ -48,7 +49,9 @@ class IslandBatch(Batch):
         if stage == "train":
             if self._is_trained():
                 return None
-            end = super()._run_stage(stage)
+            # Whichever island is where they meet over TCP, if they do, serves it.
+            with serving(self._main, self._attempt.record_launch_event):
+                end = super()._run_stage(stage)
             if end is None and self._attempt.verdict() is None:
                 (self._main.launch / _TRAINED).touch()
             return end

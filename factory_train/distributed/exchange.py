@@ -280,10 +280,9 @@ class Exchange:
                 return None
             try:
                 grace = datetime.timedelta(seconds=self._grace_s)
+                store = self._board.store(epoch, self._gang.rank, grace)
                 # What makes a member late where all begin, its checkpoint, it has behind it where an epoch follows another.
-                meet = grace if epoch.cold else grace / 2
-                store = self._board.store(epoch, self._gang.rank, meet)
-                self._wire = wire_at(store, epoch.place(self.island), len(epoch.members), grace, meet)
+                self._wire = wire_at(store, epoch.place(self.island), len(epoch.members), grace, grace if epoch.cold else grace / 2)
                 self._bytes_before = 0
                 mine = self._under_way
                 due = (mine.number, mine.fragment) if mine else None

@@ -112,5 +112,6 @@ def wire_at(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta
     Raises:
         RuntimeError: not all came in time.
     """
+    store.set_timeout(meet)
     listen_where_others_are(store, rank, size)
     return GlooWire(store, rank, size, timeout, meet)

@@ -1,23 +1,25 @@
 """From the command to the first step: the same two ranks started on this machine, by Slurm and by Ray.
 
-    python benchmarks/launch.py [repeats] [--out=FILE.json]
+    python benchmarks/launch.py [rounds] [--out=FILE.json]
 
 Measures every way that answers here: `local` always, `slurm` where a controller does (slurm/local_cluster.sh start),
-`ray` on a cluster of our own, first with the cluster down and then with it up. Data is prepared beforehand. Every
-time is read from the run directory, against the start of the command.
+`ray` on a cluster of our own, first with the cluster down and then with it up. A round has each of them once, so that
+whatever else the machine does falls on all. Data is prepared beforehand. Every time is read from the run directory,
+against the start of the command.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -53,18 +55,22 @@ class Timeline:
     """Seconds from the start of the command to what the run directory tells.
 
     Args:
-        submitted: the command was about to hand the job over.
-        begun: the launcher's own process began its first stage.
-        training: ranks were being started.
-        stepped: the first optimizer step was done.
+        submitted: the command took an attempt, with everything checked, and was about to copy the code and hand the job over.
         returned: the command gave the terminal back; None for a local run, which it follows.
+        begun: the job had its place, and its first stage, which finds the data prepared, began.
+        training: ranks were being started.
+        ready: they had met, and their model was built.
+        stepped: the first optimizer step was done.
+        load: tasks of the machine that wanted a core when the command started, the mean of a minute.
     """
 
     submitted: float
+    returned: float | None
     begun: float
     training: float
+    ready: float
     stepped: float
-    returned: float | None
+    load: float
 
 
 def measure(way: str, root: Path, number: int) -> Timeline:
@@ -72,7 +78,7 @@ def measure(way: str, root: Path, number: int) -> Timeline:
     name = f"{way.replace(', ', '-').replace(' ', '-')}-{number}"
     text = root.parent / "text.txt"
     command = [sys.executable, "-m", "factory_train", *_SMALL, *WAYS[way], f"run={name}", f"runs_root={root}", f"data.path={text}"]
-    began = time.time()
+    began, load = time.time(), os.getloadavg()[0]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     returned = None
     if way != "local":
@@ -89,9 +95,16 @@ def measure(way: str, root: Path, number: int) -> Timeline:
     assert verdict is not None
     assert verdict.outcome == "done", verdict
     at = {(event["event"], event.get("stage")): event["time"] - began for event in reversed(attempt.events())}
-    stepped = next(row["time"] for row in storage.read_json_lines(attempt.metrics_path) if row["kind"] == "train")
-    stages = [at["stage-start", "prepare"], at["stage-start", "train"]]
-    return Timeline(at["submit", None], stages[0], stages[1], stepped - began, returned)
+    rows = {row["kind"]: row["time"] - began for row in reversed(storage.read_json_lines(attempt.metrics_path))}
+    return Timeline(
+        submitted=at["submit", None],
+        returned=returned,
+        begun=at["stage-start", "prepare"],
+        training=at["stage-start", "train"],
+        ready=rows["start"],
+        stepped=rows["train"],
+        load=load,
+    )
 
 
 def ways() -> Iterator[str]:
@@ -115,29 +128,33 @@ def main() -> None:
     """Prints a table, and writes all measurements where `--out` says."""
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
     out = next((word.removeprefix("--out=") for word in sys.argv[1:] if word.startswith("--out=")), None)
-    repeats = int(words[0]) if words else 3
-    found: dict[str, list[Timeline]] = {}
+    rounds = int(words[0]) if words else 3
+    found: dict[str, list[Timeline]] = {way: [] for way in ways()}
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["FACTORY_TRAIN_RAY"] = f"{scratch}/ray"
+        # Neither the cluster of this user nor the index of their runs is touched.
+        os.environ |= {"FACTORY_TRAIN_RAY": f"{scratch}/ray", "XDG_STATE_HOME": f"{scratch}/state"}
         root = Path(scratch) / "runs"
         Path(scratch, "text.txt").write_text(Path(subprocess.__file__).read_text())
         # Prepares the data and warms the page cache; not counted.
         measure("local", root, 0)
         try:
-            for way in ways():
-                for number in range(1, repeats + 1):
+            for number in range(1, rounds + 1):
+                for way, times in found.items():
                     if way == "ray, cluster down":
                         end_cluster()
-                    found.setdefault(way, []).append(measure(way, root, number))
+                    times.append(measure(way, root, number))
         finally:
             end_cluster()
-    fields = ("submitted", "returned", "begun", "training", "stepped")
-    print(f"{'seconds, median of ' + str(repeats):<22}" + "".join(f"{name:>11}" for name in fields))
-    for way, times in found.items():
-        medians = [_median([getattr(timeline, name) for timeline in times]) for name in fields]
-        print(f"{way:<22}" + "".join(f"{'-' if value is None else format(value, '.1f'):>11}" for value in medians))
+    fields = ("submitted", "returned", "begun", "training", "ready", "stepped", "load")
+    medians = {way: {name: _median([getattr(timeline, name) for timeline in times]) for name in fields} for way, times in found.items()}
+    print(f"{'seconds, median of ' + str(rounds):<22}" + "".join(f"{name:>11}" for name in fields))
+    for way, values in medians.items():
+        print(f"{way:<22}" + "".join(f"{'-' if value is None else format(value, '.1f'):>11}" for value in values.values()))
     if out:
-        Path(out).write_text(json.dumps({way: [timeline.__dict__ for timeline in times] for way, times in found.items()}, indent=1) + "\n")
+        versions = {name: version(name) for name in ("torch", "ray")}
+        facts = {"command": f"python benchmarks/launch.py {rounds}", "cores": os.cpu_count(), "python": platform.python_version()}
+        measured = {"median": medians, "all": {way: [asdict(timeline) for timeline in times] for way, times in found.items()}}
+        storage.write_json(Path(out), {**facts, "versions": versions, **measured})
 
 
 def _median(values: list[float | None]) -> float | None:

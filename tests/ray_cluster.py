@@ -22,6 +22,8 @@ _NEEDED = ("ray", "aiohttp_cors", "opencensus", "prometheus_client")
 _STORE_BYTES = 80 * 2**20
 # Four ranks on two nodes, so small that a step takes a hundredth of a second.
 GANG = ("recipe=llama_fsdp", "launcher=ray", "launcher.nodes=2", "launcher.tasks_per_node=2", "launcher.fabric=loopback")
+# For commands that follow a run to its end, on a machine that is busy.
+PATIENCE_S = 500.0
 
 
 class Cluster:
@@ -132,4 +134,4 @@ def kill(pid: int) -> None:
 def nothing_is_left(run: RunDir) -> None:
     """Waits until no process of a run is there any more."""
     modules = ("factory_train.worker", "factory_train.launchers.ray_driver", "factory_train.launchers.ray_entry")
-    until(lambda: not any(processes(run, module) for module in modules), 120.0, lambda: f"for the processes of {run.name}")
+    until(lambda: not any(processes(run, module) for module in modules), about=lambda: f"for the processes of {run.name}")

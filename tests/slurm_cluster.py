@@ -98,7 +98,7 @@ def text_file(folder: Path) -> Path:
     return path
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 120.0, about: Callable[[], str] = str) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 300.0, about: Callable[[], str] = str) -> Any:
     limit = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < limit, f"waited in vain {about()}"
@@ -116,7 +116,7 @@ def reached(run: RunDir, step: int, attempt: int = 1) -> None:
     until(newest, about=lambda: told(run))
 
 
-def ended(run: RunDir, outcome: str = "done", timeout_s: float = 180.0) -> None:
+def ended(run: RunDir, outcome: str = "done", timeout_s: float = 400.0) -> None:
     """Waits until a run has ended for good, and checks how."""
     until(lambda: (verdict := run.attempts()[-1].verdict()) and verdict.outcome == outcome, timeout_s, lambda: told(run))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import command
 import pytest
-from ray_cluster import GANG, Cluster, environ_of, nothing_is_left, processes, start_event, submit
+from ray_cluster import GANG, PATIENCE_S, Cluster, environ_of, nothing_is_left, processes, start_event, submit
 from slurm_cluster import QUICK, ended, losses, reached, resumed_at, text_file, until
 
 from factory_train.run_dir import RunDir
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 STEPS = "train.steps=60"
 
 
@@ -50,7 +50,7 @@ def test_four_ranks_on_two_nodes_train_evaluate_and_register(undisturbed: RunDir
 
 def test_the_curve_is_that_of_four_processes_on_one_machine(undisturbed: RunDir, folder: Path) -> None:
     words = ("recipe=llama_fsdp", "launcher=local", "launcher.tasks_per_node=4", "run=local", "data.path=text.txt")
-    done = command.run(*words, *QUICK, STEPS, "tracking=none", cwd=folder)
+    done = command.run(*words, *QUICK, STEPS, "tracking=none", cwd=folder, timeout_s=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     local = losses(RunDir.open(folder / "runs" / "llama_fsdp-local"))
     assert local == pytest.approx(losses(undisturbed), rel=1e-5)
@@ -72,6 +72,21 @@ def test_what_can_never_be_placed_is_refused_with_what_would_fit(cluster: Cluste
         assert not (folder / "runs" / "llama_fsdp-large").exists()
 
 
+@pytest.mark.parametrize("found", ["no token", "another token"])
+def test_a_cluster_with_a_token_takes_nothing_from_who_does_not_have_it(
+    cluster: Cluster, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    token = tmp_path / "token"
+    if found == "another token":
+        token.write_text("u" * 64)
+        token.chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    done = command.run(*GANG, "run=stranger", f"data.path={text_file(folder)}", *QUICK, cwd=folder)
+    assert done.returncode == 77, done.stdout + done.stderr
+    assert "fix: " in done.stderr
+    assert not (folder / "runs" / "llama_fsdp-stranger").exists()
+
+
 def test_a_second_job_waits_and_says_so_and_stop_and_resume_work_from_a_new_shell(
     cluster: Cluster, undisturbed: RunDir, folder: Path
 ) -> None:
@@ -91,7 +106,7 @@ def test_a_second_job_waits_and_says_so_and_stop_and_resume_work_from_a_new_shel
     assert "interrupted" in stopped.stdout, stopped.stdout + stopped.stderr
     verdict = first.attempts()[0].verdict()
     assert verdict is not None
-    resumed = command.run("resume", first.name, "wait=true", cwd=folder)
+    resumed = command.run("resume", first.name, "wait=true", cwd=folder, timeout_s=PATIENCE_S)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert resumed_at(first, 2) == verdict.step
     assert losses(first) == losses(undisturbed)

@@ -15,7 +15,7 @@ from typing import Any
 import command
 import psutil
 import pytest
-from ray_cluster import GANG, Cluster, kill, nothing_is_left, processes, start_event, submit
+from ray_cluster import GANG, PATIENCE_S, Cluster, kill, nothing_is_left, processes, start_event, submit
 from slurm_cluster import QUICK, ended, losses, reached, resumed_at, text_file, until
 
 from factory_train.run_dir import RunDir
@@ -155,7 +155,7 @@ def test_the_submitting_process_may_die_right_after_submitting(cluster: Cluster,
     process.kill()
     process.communicate()
     reached(run, 5)
-    followed = command.run("logs", "-f", run.name, cwd=folder)
+    followed = command.run("logs", "-f", run.name, cwd=folder, timeout_s=PATIENCE_S)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     ended(run)
     assert losses(run) == losses(undisturbed)
@@ -165,16 +165,17 @@ def test_two_jobs_at_once_do_not_interfere(cluster: Cluster, undisturbed: RunDir
     cluster.add_node()
     runs = [submit(folder, f"side-{number}", STEPS) for number in (1, 2)]
     for run in runs:
-        ended(run, timeout_s=300)
+        ended(run)
         assert losses(run) == losses(undisturbed)
     assert not set(start_event(runs[0], 1)["node_ids"]) & set(start_event(runs[1], 1)["node_ids"])
 
 
 def test_the_points_of_a_sweep_share_the_cluster(cluster: Cluster, folder: Path) -> None:
     words = ("recipe=llama_fsdp", "launcher=ray", "launcher.tasks_per_node=2", "launcher.sweep_parallel=2", "sweep=shared")
-    done = command.run(*words, "-m", "optim.lr=1e-3,3e-3,1e-2", f"data.path={text_file(folder)}", *QUICK, "train.steps=30", cwd=folder)
+    points = ("-m", "optim.lr=1e-3,3e-3,1e-2", f"data.path={text_file(folder)}", *QUICK, "train.steps=30")
+    done = command.run(*words, *points, cwd=folder, timeout_s=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = [RunDir.open(folder / "runs" / f"llama_fsdp-shared-{number}") for number in (1, 2, 3)]
+    runs = [RunDir.open(folder / "runs" / f"llama_fsdp-shared-{number:02d}") for number in (1, 2, 3)]
     spans = []
     for run in runs:
         verdict = run.attempts()[0].verdict()
@@ -215,8 +216,8 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import command
-from ray_cluster import Cluster, nothing_is_left, submit
-from slurm_cluster import ended, losses, reached
+from ray_cluster import PATIENCE_S, Cluster, nothing_is_left, submit
+from slurm_cluster import ended, reached, until
 folder = Path({str(tmp_path)!r})
 with Cluster(folder) as cluster:
     run = submit(folder, "headless", "{STEPS}")
@@ -224,14 +225,16 @@ with Cluster(folder) as cluster:
     cluster.ray.remove_node(cluster.ray.head_node, allow_graceful=False)
     nothing_is_left(run)
 with Cluster(folder) as cluster:
+    # A run whose processes died without a word counts as alive for a minute.
+    until(lambda: not run.is_alive())
     words = ("resume", run.name, "wait=true", f"launcher.address={{cluster.address}}")
-    done = command.run(*words, cwd=folder)
+    done = command.run(*words, cwd=folder, timeout_s=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     ended(run)
 """
     environ = command.environment()
     environ.pop("RAY_API_SERVER_ADDRESS", None)
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=850)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunDir.open(tmp_path / "runs" / "llama_fsdp-headless")
     assert losses(run) == losses(undisturbed)
@@ -244,7 +247,7 @@ def test_a_cluster_of_our_own_comes_with_the_first_job_and_goes_after_the_last(
     monkeypatch.setenv("FACTORY_TRAIN_RAY", str(home))
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     words = ("recipe=llama_fsdp", "launcher=ray", "launcher.address=local", "launcher.tasks_per_node=2", "run=own", "wait=true")
-    done = command.run(*words, f"data.path={text_file(tmp_path)}", *QUICK, "train.steps=30", cwd=tmp_path)
+    done = command.run(*words, f"data.path={text_file(tmp_path)}", *QUICK, "train.steps=30", cwd=tmp_path, timeout_s=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     known = json.loads((home / "cluster.json").read_text())
     assert known["address"].startswith("http://127.0.0.1:")

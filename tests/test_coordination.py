@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Epoch, Lease
+from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Epoch, FolderBoard, Lease
 from factory_train.distributed.coordination import Coordination, Decision, Rules, View, largest_whole
-from factory_train.distributed.membership import Membership, Planner
+from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.reach import Reach
 
 RULES = Rules(("a", "b", "c"), quorum=1, silence_s=5.0, grace_s=20.0)
@@ -102,7 +103,7 @@ def test_what_members_have_waited_counts_against_the_grace_time() -> None:
 
 def test_an_island_says_whom_it_reaches_and_how_long_it_waits_as_long_as_it_does(tmp_path: Path) -> None:
     """Whoever coordinates next needs to know it, too."""
-    board, planner = FolderBoard(tmp_path), Planner(lambda resumes: (0, {}), lambda *facts: {}, 9)
+    board, planner = FolderBoard(tmp_path), Planner(lambda found: Start(0, {}, tuple(found)), lambda *facts: {}, 9)
     islands = [Membership(board, RULES, Beat(name, 1), planner, lambda kind, **facts: None) for name in "ab"]
 
     def until(holds: Callable[[Beat], bool]) -> None:

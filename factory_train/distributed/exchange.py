@@ -19,7 +19,7 @@ from factory_train.distributed.board import BROKEN, JOINING, MEMBER, Board, Epoc
 from factory_train.distributed.encoded_reduce import Notice, Reduced, RoundFailedError
 from factory_train.distributed.flight import Arrival, Flight, UnderWay, Waiting
 from factory_train.distributed.gang import Copies, Gang
-from factory_train.distributed.gloo_wire import GlooWire, wire_at
+from factory_train.distributed.gloo_wire import GlooWire
 from factory_train.distributed.handover import Standing, catch_up
 from factory_train.distributed.membership import Membership
 from factory_train.distributed.outer_state import Encoded, OuterState
@@ -282,7 +282,7 @@ class Exchange:
                 grace = datetime.timedelta(seconds=self._grace_s)
                 store = self._board.store(epoch, self._gang.rank, grace)
                 # What makes a member late where all begin, its checkpoint, it has behind it where an epoch follows another.
-                self._wire = wire_at(store, epoch.place(self.island), len(epoch.members), grace, grace if epoch.cold else grace / 2)
+                self._wire = GlooWire(store, epoch.place(self.island), len(epoch.members), grace, grace if epoch.cold else grace / 2)
                 self._bytes_before = 0
                 mine = self._under_way
                 due = (mine.number, mine.fragment) if mine else None

@@ -59,6 +59,9 @@ class GlooWire:
         self._rooms: dict[str, torch.Tensor] = {}
         # The group holds on to its C++ half only; one made in Python must not lose the other.
         self._store = store
+        if size > 1:
+            store.set_timeout(meet or timeout)
+            listen_where_others_are(store, rank, size)
         # Its collectives are there, if not in its type.
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, meet or timeout) if size > 1 else None
         if self._group is not None:
@@ -104,14 +107,3 @@ class GlooWire:
             with contextlib.suppress(RuntimeError):
                 self._group.abort()
             self._group = None
-
-
-def wire_at(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, meet: datetime.timedelta) -> GlooWire:
-    """Returns a wire to those that come to a store, on whatever machine; arguments as of `GlooWire`.
-
-    Raises:
-        RuntimeError: not all came in time.
-    """
-    store.set_timeout(meet)
-    listen_where_others_are(store, rank, size)
-    return GlooWire(store, rank, size, timeout, meet)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from factory_train.distributed.board import Beat, Epoch, FolderBoard
 from factory_train.distributed.coordination import Rules
 from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
-from factory_train.distributed.gloo_wire import GlooWire
+from factory_train.distributed.gloo_wire import GlooWire, Parts
 from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
 
@@ -61,7 +62,7 @@ class DelayedWire(GlooWire):
 
     delay_s = 0.0
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts]) -> None:
         time.sleep(self.delay_s)
         super().all_to_all(received, sent)
 
@@ -167,9 +168,9 @@ class Link:
         return self
 
     def limit(self, mbit_per_s: float) -> None:
-        """Limits both directions."""
+        """Limits both directions. The queue holds all that is sent at once: a packet lost at the end of a message costs TCP a second."""
         for index, interface in enumerate(INTERFACES):
-            shape = ("rate", f"{mbit_per_s:g}mbit", "burst", "256kb", "latency", "400ms")
+            shape = ("rate", f"{mbit_per_s:g}mbit", "burst", "256kb", "limit", "64mb")
             self.inside(index, "tc", "qdisc", "replace", "dev", interface, "root", "tbf", *shape)
 
     def command(self, index: int, *words: str) -> list[str]:
@@ -291,7 +292,16 @@ def main() -> int:
                     texts = (*(f"{share:12.1%}" for share in shares), *(f"{size:12,.0f}" for size in sizes))
                     print(f"{method:14s} {mbit:7g} {delay_ms:4g}ms  {' '.join(texts)}", flush=True)
     if options.json:
-        facts = {"torch": torch.__version__, "params": options.params, "step_s": options.step_s, "islands": 2, "H": H, "P": P, "rows": rows}
+        facts = {
+            "torch": torch.__version__,
+            "load": os.getloadavg()[0],
+            "params": options.params,
+            "step_s": options.step_s,
+            "islands": 2,
+            "H": H,
+            "P": P,
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
     if options.plot:
         plot(rows, options.plot)

@@ -1,11 +1,12 @@
 """Our outer loop beside torchft's DiLoCo: the same parameters, gradients and schedule on two islands of this machine.
 
-    sudo PYTHONPATH=FOLDER_OF_TORCHFT python benchmarks/diloco_torchft.py [--params N] [--syncs N] [--json FILE]
+    sudo PYTHONPATH=FOLDER_OF_TORCHFT python benchmarks/diloco_torchft.py [--params N] [--syncs N] [--rounds N] [--json FILE]
 
 torchft comes from `pip install torchft-nightly`. Each side runs in a network namespace of its own, where all traffic is on the
 loopback interface and counted there. Classic DiLoCo, H = 5, float32; ours with int4 too, which torchft has not. Inner
 steps are SGD on |w - target|^2 / 2 with a target a step and island, so both sides must end with the same outer parameters.
-Blocked is what a step with a synchronisation takes longer than the median step without.
+Blocked is what a step with a synchronisation takes longer than the median step without; CPU is the same in seconds of all the
+island's threads, which other programs on the machine hardly change. Sides take turns, `--rounds` times, and medians are shown.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
 from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
+from factory_train.kernels.pseudogradient import reduce
 
 ISLANDS = ("island-0", "island-1")
 H, LR, OUTER_LR, MOMENTUM = 5, 0.1, 0.7, 0.9
@@ -110,25 +112,42 @@ def with_ours(order: dict[str, Any], model: nn.Module) -> tuple[Callable[[int], 
     return step, lambda: [state.named("outer")[name] for name in parameters]
 
 
+def warm_up(side: str) -> None:
+    """Loads what a side imports when it is first used: code is no memory of a parameter."""
+    if side == "torchft":
+        import torchft.local_sgd  # noqa: F401
+
+        return
+    state = OuterState({"w": torch.zeros(1)}, [["w"]], "int4", error_feedback=True)
+    encoded = state.encode(0)
+    state.apply(0, encoded.codes, encoded.scales, lr=1.0, momentum=0.0, keep=0.0)
+    reduce(encoded.codes[None], encoded.scales[None], torch.ones(1), *state.room(0), "int4")
+
+
 def work(order: dict[str, Any]) -> dict[str, Any]:
     """One island: trains, and returns its figures."""
     torch.set_num_threads(1)
     model = make_model(order["params"])
     targets = [torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) for parameter in model.parameters()]
+    warm_up(order["side"])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step, outer = (with_torchft if order["side"] == "torchft" else with_ours)(order, model)
-    times = []
+    times, cpu_times = [], []
     for number in range(1, order["steps"] + 1):
         set_gradients(model, targets, number, order["index"])
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         step(number)
         times.append(time.monotonic() - began)
-    plain = statistics.median(took for number, took in enumerate(times, 1) if number % H)
-    # The first synchronisation makes connections.
-    syncs = [took - plain for number, took in enumerate(times, 1) if number % H == 0][1:]
+        cpu_times.append(time.process_time() - cpu_began)
     used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     torch.save(outer(), Path(order["folder"]) / f"{ISLANDS[order['index']]}.pt")
-    return {"blocked_s": statistics.median(syncs), "memory_bytes": used}
+    return {"blocked_s": extra(times), "cpu_s": extra(cpu_times), "memory_bytes": used}
+
+
+def extra(times: list[float]) -> float:
+    """Returns what a step with a synchronisation takes longer than one without; the first one makes connections."""
+    plain = statistics.median(took for number, took in enumerate(times, 1) if number % H)
+    return statistics.median(took - plain for number, took in enumerate(times, 1) if number % H == 0 and number > H)
 
 
 def compare(side: str, payload: str, options: argparse.Namespace) -> tuple[dict[str, float], list[torch.Tensor]]:
@@ -175,6 +194,7 @@ def main() -> int:
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--params", type=int, default=2_000_000)
     parser.add_argument("--syncs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.worker:
@@ -184,14 +204,20 @@ def main() -> int:
         pair(options.pair)
         sys.stdout.flush()
         os._exit(0)
-    rows, outers = {}, {}
-    print(f"{'':16s} {'blocked a sync':>15s} {'wire bytes/param':>17s} {'more memory/param':>18s}  islands identical")
-    for name, side, payload in (("torchft fp32", "torchft", "fp32"), ("ours fp32", "ours", "fp32"), ("ours int4", "ours", "int4")):
-        rows[name], outers[name] = compare(side, payload, options)
-        row = rows[name]
+    rounds: dict[str, list[dict[str, float]]] = {}
+    outers = {}
+    for _ in range(options.rounds):
+        for name, side, payload in (("torchft fp32", "torchft", "fp32"), ("ours fp32", "ours", "fp32"), ("ours int4", "ours", "int4")):
+            found, outers[name] = compare(side, payload, options)
+            rounds.setdefault(name, []).append(found)
+    rows = {name: {key: statistics.median(found[key] for found in founds) for key in founds[0]} for name, founds in rounds.items()}
+    print(f"{'':16s} {'blocked a sync':>24s} {'CPU a sync':>13s} {'wire bytes/param':>17s} {'more memory/param':>18s}  islands identical")
+    for name, row in rows.items():
+        blocked = [found["blocked_s"] * 1e3 for found in rounds[name]]
         print(
-            f"{name:16s} {row['blocked_s'] * 1e3:12.0f} ms {row['wire_bytes_per_param']:17.2f} "
-            f"{row['memory_bytes'] / options.params:18.1f}  {row['identical']}",
+            f"{name:16s} {row['blocked_s'] * 1e3:7.0f} ({min(blocked):5.0f}-{max(blocked):5.0f}) ms {row['cpu_s'] * 1e3:10.0f} ms "
+            f"{row['wire_bytes_per_param']:17.2f} {row['memory_bytes'] / options.params:18.1f}  "
+            f"{all(found['identical'] for found in rounds[name])}",
             flush=True,
         )
     gap = max((a - b).abs().max().item() for a, b in zip(outers["torchft fp32"], outers["ours fp32"], strict=True))
@@ -204,6 +230,8 @@ def main() -> int:
             "H": H,
             "torch": torch.__version__,
             "rows": rows,
+            "rounds": rounds,
+            "load": os.getloadavg()[0],
             "gap": gap,
             "scale": scale,
         }

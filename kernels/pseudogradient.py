@@ -36,7 +36,7 @@ _SMALLEST_SCALE = 1.2e-38
 # Odd, as signed numbers: of outer parameters and momentum within a block (32 bits), and of the block (64 bits).
 _MIX_OUTER, _MIX_MOMENTUM, _MIX_BLOCK = 0x9E3779B1 - 2**32, 0x517CC1B7, 0x9E3779B97F4A7C15 - 2**64
 # Blocks of one Triton program, and those the references work on at once.
-ROWS, _AT_ONCE = 8, 1024
+ROWS, _AT_ONCE = 8, 256
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -129,8 +129,8 @@ if HAS_TRITON:
 
     @triton.jit
     def update_pass(
-        codes, scales, outer, momentum, inner, prints, n, num_blocks, lr, mu, keep, mix_block,
-        MIX_OUTER: tl.constexpr, MIX_MOMENTUM: tl.constexpr,
+        codes, scales, outer, momentum, inner, prints, n, num_blocks, first, lr, mu, keep, mix_block,
+        MIX_OUTER: tl.constexpr, MIX_MOMENTUM: tl.constexpr, HAS_PRINTS: tl.constexpr,
         FORMAT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         """Takes the outer Nesterov step, mixes it into the inner parameters, and sums the bits of the new state."""
@@ -147,11 +147,12 @@ if HAS_TRITON:
         if keep != 0:
             mixed = keep * tl.load(inner + at, mask=inside, other=0.0) + (1.0 - keep) * w
         tl.store(inner + at, mixed, mask=inside)
-        odd = 2 * tl.arange(0, BLOCK)[None, :] + 1
-        bits = (w.to(tl.int32, bitcast=True) * (odd * MIX_OUTER)).to(tl.int64)
-        bits += (v.to(tl.int32, bitcast=True) * (odd * MIX_MOMENTUM)).to(tl.int64)
-        parts = tl.sum(tl.where(inside, bits, 0), axis=1) * ((2 * rows + 1) * mix_block)
-        tl.store(prints + rows, parts, mask=rows < num_blocks)
+        if HAS_PRINTS:
+            odd = 2 * tl.arange(0, BLOCK)[None, :] + 1
+            bits = (w.to(tl.int32, bitcast=True) * (odd * MIX_OUTER)).to(tl.int64)
+            bits += (v.to(tl.int32, bitcast=True) * (odd * MIX_MOMENTUM)).to(tl.int64)
+            parts = tl.sum(tl.where(inside, bits, 0), axis=1) * ((2 * (first + rows) + 1) * mix_block)
+            tl.store(prints + rows, parts, mask=rows < num_blocks)
 
 
 def num_blocks(n: int) -> int:
@@ -193,9 +194,6 @@ def encode(
         reference_encode(outer, inner, error, codes, scales, new_error, squares, format)
 
 
-encode.register_fake(lambda *arguments: None)
-
-
 def reference_encode(
     outer: Tensor, inner: Tensor, error: Tensor, codes: Tensor, scales: Tensor, new_error: Tensor, squares: Tensor, format: str
 ) -> None:
@@ -205,13 +203,17 @@ def reference_encode(
         x = outer[at] - inner[at]
         if error.numel():
             x += error[at]
-        n = x.numel()
-        x = x if n % BLOCK == 0 else torch.nn.functional.pad(x, (0, -n % BLOCK))
-        x = x.view(-1, BLOCK)
-        squares[block] = torch.linalg.vector_norm(x, dim=1).square_()
+        n, x = x.numel(), _rows(x)
+        torch.linalg.vector_norm(x, dim=1, out=squares[block]).square_()
         decoded = _store(x, codes[code], scales[block], format)
         if error.numel():
             new_error[at] = x.sub_(decoded).view(-1)[:n]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Returns one block a row, with zeros at the end."""
+    missing = -x.numel() % BLOCK
+    return (torch.nn.functional.pad(x, (0, missing)) if missing else x).view(-1, BLOCK)
 
 
 def _pieces(n: int, format: str) -> Iterator[tuple[slice, slice, slice]]:
@@ -224,24 +226,22 @@ def _pieces(n: int, format: str) -> Iterator[tuple[slice, slice, slice]]:
 def _store(x: Tensor, codes: Tensor, scales: Tensor, format: str) -> Tensor:
     """Encodes blocks (rows of x) and returns what they decode to, in the type of x."""
     if format in _FLOATS:
-        values = codes.view(_FLOATS[format]).view(x.shape)
-        values.copy_(x)
-        return values.to(x.dtype)
-    x = x.to(torch.float32)
-    largest = _LARGEST[format]
+        return codes.view(_FLOATS[format]).view(x.shape).copy_(x).to(x.dtype)
+    x, largest = x.to(torch.float32), _LARGEST[format]
     scale = x.abs().amax(dim=1, keepdim=True) / largest
     # The inverse of a smaller one overflows.
     inverse = torch.where(scale > _SMALLEST_SCALE, 1.0 / scale, 0.0)
-    code = torch.floor(x * inverse + 0.5).clamp_(-largest, largest)
+    code = (x * inverse).add_(0.5).floor_().clamp_(-largest, largest)
     scales.copy_(scale.view(-1))
     decoded = code * scale
     # A code of a block that is not finite means nothing, but has to be one.
-    code = torch.nan_to_num(code)
+    code.nan_to_num_()
     if format == "int8":
         codes.view(torch.int8).copy_(code.view(-1))
     else:
-        nibbles = code.to(torch.int16).view(-1, 2) + 8
-        codes.copy_(nibbles[:, 0] | (nibbles[:, 1] << 4))
+        # Two codes as one number, the first in its lower byte; the cast keeps only that.
+        pairs = (code.to(torch.int8) + 8).view(-1).view(torch.int16)
+        codes.copy_(pairs | (pairs >> 4))
     return decoded
 
 
@@ -255,8 +255,8 @@ def _load(codes: Tensor, scales: Tensor, format: str) -> Tensor:
         code = codes.view(torch.int8).float()
     else:
         pairs = codes.to(torch.int16)
-        code = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).float() - 8
-    return code.view(blocks, BLOCK) * scales.view(-1, 1)
+        code = (pairs | (pairs << 4)).bitwise_and_(0x0F0F).view(torch.int8).sub_(8).float()
+    return code.view(blocks, BLOCK).mul_(scales.view(-1, 1))
 
 
 def launch_encode(
@@ -290,18 +290,15 @@ def reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, ou
         reference_reduce(codes, scales, weights, out_codes, out_scales, format)
 
 
-reduce.register_fake(lambda *arguments: None)
-
-
 def reference_reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Tensor, out_scales: Tensor, format: str) -> None:
-    """The same in plain torch."""
+    """The same in plain torch; products before sums, each rounded, as in the kernel."""
     blocks = out_codes.numel() // CODE_BYTES[format]
     _check(format, blocks, out_codes, out_scales)
     for _, code, block in _pieces(blocks * BLOCK, format):
-        total = torch.zeros((), dtype=weights.dtype, device=codes.device)
-        for member in range(len(codes)):
-            x = _load(codes[member, code], scales[member, block], format)
-            total = total + torch.where(weights[member] != 0, weights[member] * x, 0.0)
+        total = torch.zeros(block.stop - block.start, BLOCK, dtype=weights.dtype, device=codes.device)
+        for member, weight in enumerate(weights.tolist()):
+            if weight:
+                total += _load(codes[member, code], scales[member, block], format) * weight
         _store(total, out_codes[code], out_scales[block], format)
 
 
@@ -321,7 +318,7 @@ def launch_reduce(codes: Tensor, scales: Tensor, weights: Tensor, out_codes: Ten
 @torch.library.custom_op("factory_train::pseudogradient_outer_update", mutates_args=("outer", "momentum", "inner", "prints"))
 def outer_update(
     codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
-    lr: float, mu: float, keep: float, format: str,
+    lr: float, mu: float, keep: float, format: str, first: int = 0,
 ) -> None:  # fmt: skip
     """Decodes the averaged pseudo-gradient g, takes the outer step and mixes it into the inner parameters, all in place.
 
@@ -333,57 +330,59 @@ def outer_update(
     Args:
         codes, scales: encoded g.
         outer, momentum, inner: flat, of one floating type.
-        prints: int64, one a block: parts of the fingerprint, which is their sum modulo 2^64.
+        prints: int64, one a block: parts of the fingerprint, which is their sum modulo 2^64; empty where it is not wanted.
         keep: 0 makes the inner parameters those of the outer ones whatever they were.
         format: a key of `CODE_BYTES`.
+        first: number of the first block in the fragment, where these are a part of it: its place in the fingerprint.
     """
     if _on_card(outer, format) and outer.dtype == torch.float32:
-        launch_outer_update(codes, scales, outer, momentum, inner, prints, lr, mu, keep, format)
+        launch_outer_update(codes, scales, outer, momentum, inner, prints, lr, mu, keep, format, first)
     else:
-        reference_outer_update(codes, scales, outer, momentum, inner, prints, lr, mu, keep, format)
-
-
-outer_update.register_fake(lambda *arguments: None)
+        reference_outer_update(codes, scales, outer, momentum, inner, prints, lr, mu, keep, format, first)
 
 
 def reference_outer_update(
     codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
-    lr: float, mu: float, keep: float, format: str,
+    lr: float, mu: float, keep: float, format: str, first: int = 0,
 ) -> None:  # fmt: skip
-    """The same in plain torch."""
+    """The same in plain torch; products before sums, each rounded, as in the kernel."""
     _check(format, num_blocks(outer.numel()), codes, scales)
+    mixes = _mixes(outer)
     for at, code, block in _pieces(outer.numel(), format):
         w, v = outer[at], momentum[at]
         g = _load(codes[code], scales[block], format).view(-1)[: w.numel()].to(w.dtype)
         v.mul_(mu).add_(g)
-        # Products before sums, each rounded: what the kernel does.
         w.sub_((v * mu).add_(g).mul_(lr))
-        inner[at] = inner[at] * keep + w * (1.0 - keep) if keep else w
-        prints[block] = _fingerprint_parts(w, v, block.start)
+        inner[at] = inner[at].mul_(keep).add_(w * (1.0 - keep)) if keep else w
+        if prints.numel():
+            prints[block] = _fingerprint_parts(w, v, mixes, first + block.start)
 
 
 def fingerprint_parts(outer: Tensor, momentum: Tensor) -> Tensor:
     """Returns the parts of the fingerprint of a state, one a block; their sum modulo 2^64 is the fingerprint."""
-    pieces = [_fingerprint_parts(outer[at], momentum[at], block.start) for at, _, block in _pieces(outer.numel(), "fp32")]
+    mixes = _mixes(outer)
+    pieces = [_fingerprint_parts(outer[at], momentum[at], mixes, block.start) for at, _, block in _pieces(outer.numel(), "fp32")]
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64, device=outer.device)
 
 
-def _fingerprint_parts(outer: Tensor, momentum: Tensor, first: int) -> Tensor:
-    """The same of a piece whose first block has the number `first`."""
+def _mixes(state: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what the words of a block are multiplied by: those of outer parameters, and those of momentum."""
     # A float64 is two words of 32 bits.
-    row, missing = outer.element_size() // 4 * BLOCK, -outer.numel() % BLOCK
-    odd = 2 * torch.arange(row, dtype=torch.int32, device=outer.device) + 1
-    parts = []
-    for state, mix in ((outer, _MIX_OUTER), (momentum, _MIX_MOMENTUM)):
-        state = torch.nn.functional.pad(state, (0, missing)) if missing else state
-        parts.append((state.view(torch.int32).view(-1, row) * (odd * mix)).sum(dim=1, dtype=torch.int64))
+    odd = 2 * torch.arange(state.element_size() // 4 * BLOCK, dtype=torch.int32, device=state.device) + 1
+    return odd * _MIX_OUTER, odd * _MIX_MOMENTUM
+
+
+def _fingerprint_parts(outer: Tensor, momentum: Tensor, mixes: tuple[Tensor, Tensor], first: int) -> Tensor:
+    """The same of a piece whose first block has the number `first`."""
+    pairs = zip((outer, momentum), mixes, strict=True)
+    parts = [(_rows(state).view(torch.int32) * mix).sum(dim=1, dtype=torch.int64) for state, mix in pairs]
     blocks = torch.arange(first, first + len(parts[0]), device=outer.device)
     return (parts[0] + parts[1]) * ((2 * blocks + 1) * _MIX_BLOCK)
 
 
 def launch_outer_update(
     codes: Tensor, scales: Tensor, outer: Tensor, momentum: Tensor, inner: Tensor, prints: Tensor,
-    lr: float, mu: float, keep: float, format: str,
+    lr: float, mu: float, keep: float, format: str, first: int = 0,
 ) -> None:  # fmt: skip
     """Launches the Triton kernel; arguments as of `outer_update`, all contiguous float32."""
     n, blocks = outer.numel(), num_blocks(outer.numel())
@@ -391,7 +390,11 @@ def launch_outer_update(
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (outer, momentum, inner))
     if n:
         update_pass[(triton.cdiv(blocks, ROWS),)](
-            codes, scales, outer, momentum, inner, prints, n, blocks, lr, mu, keep, _MIX_BLOCK,
-            _MIX_OUTER, _MIX_MOMENTUM, format, BLOCK, ROWS,
+            codes, scales, outer, momentum, inner, prints, n, blocks, first, lr, mu, keep, _MIX_BLOCK,
+            _MIX_OUTER, _MIX_MOMENTUM, bool(prints.numel()), format, BLOCK, ROWS,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+for _operator in (encode, reduce, outer_update):
+    _operator.register_fake(lambda *arguments: None)

@@ -63,7 +63,7 @@ def install(links: Links, replace: Callable[[Any, str, Any], None]) -> None:
     class FaultyWire(plain_wire):
         def __init__(self, store: Any, rank: int, size: int, timeout: Any, meet: Any = None) -> None:
             self._island, self._others = _place.island, [name for name in _place.members if name != _place.island]
-            self._is_closed = False
+            self._is_closed = self._sends_parts = False
             self._group, self._patience_s = None, timeout.total_seconds()
             self._look((meet or timeout).total_seconds())
             super().__init__(store, rank, size, timeout, meet)
@@ -75,7 +75,9 @@ def install(links: Links, replace: Callable[[Any, str, Any], None]) -> None:
 
         def all_to_all(self, received: Any, sent: Any) -> None:
             self._look(self._patience_s)
-            super().all_to_all(received, self._damage(sent))
+            # Parts and results take turns; it is parts that are damaged.
+            self._sends_parts = not self._sends_parts
+            super().all_to_all(received, self._damage(sent) if self._sends_parts else sent)
 
         def all_gather(self, received: Any, sent: Any) -> None:
             self._look(self._patience_s)
@@ -93,9 +95,12 @@ def install(links: Links, replace: Callable[[Any, str, Any], None]) -> None:
             if links.get().get("damaged", {}).get(self._island, 0) <= _damaged[self._island]:
                 return sent
             _damaged[self._island] += 1
-            sent = sent.clone()
-            sent[:, -1] ^= 255
-            return sent
+            damaged = []
+            for head, codes, scales in sent:
+                codes = codes.clone()
+                codes[-1:] ^= 255
+                damaged.append((head, codes, scales))
+            return damaged
 
     def enter_at(self: Any, epoch: Any) -> bool:
         _place.island, _place.members = self.island, sorted(epoch.members)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from island_threads import run_islands
 
 from factory_train.distributed.encoded_reduce import Notice, Reduced, RoundFailedError, payload_bytes, reduce_round
-from factory_train.distributed.gloo_wire import GlooWire
+from factory_train.distributed.gloo_wire import GlooWire, Parts
 from factory_train.kernels import pseudogradient as kernels
 
 CPU = torch.device("cpu")
@@ -72,37 +74,31 @@ def test_the_bytes_sent_are_those_of_the_formula(format: str, members: int) -> N
     n = 400_000
     results = run_islands(members, a_round(n, format, [1.0] * members))
     payload = n * {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5}[format] + (n / 256 * 4 if format.startswith("int") else 0)
-    for _, sent in results:
-        assert sent == payload_bytes(n, members, format)
+    for member, (_, sent) in enumerate(results):
+        assert sent == payload_bytes(n, members, member, format)
         assert sent == pytest.approx(2 * (members - 1) / members * payload, rel=0.02)
 
 
 class Damaging(GlooWire):
-    """Flips a bit of what member 1 sends to member 0, in the first `times` tries."""
+    """Flips a bit of what member 1 sends to member 0, in the first `times` tries: in its part, or in its result."""
 
     times = 1
-    damaged_in = "all_to_all"
+    damaged_in = "part"
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.left = self.times if self.rank == 0 else 0
+        self.calls = 0
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts]) -> None:
         super().all_to_all(received, sent)
-        self.damage(received, "all_to_all")
-
-    def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        super().all_gather(received, sent)
-        if sent.numel() > 8:
-            self.damage(received, "all_gather")
-
-    def damage(self, received: torch.Tensor, where: str) -> None:
-        if self.left and where == self.damaged_in:
-            received[1, 100] ^= 4
+        if self.left and self.damaged_in == ("part", "result")[self.calls % 2]:
+            received[1][1][100] ^= 4
             self.left -= 1
+        self.calls += 1
 
 
-@pytest.mark.parametrize("where", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("where", ["part", "result"])
 def test_what_arrives_damaged_is_sent_again(where: str) -> None:
     wire = type("Once", (Damaging,), {"times": 1, "damaged_in": where})
     results = run_islands(3, a_round(5000, "int8", [1.0] * 3), wire=wire)
@@ -122,7 +118,7 @@ def test_an_island_whose_part_is_always_damaged_weighs_nothing() -> None:
 
 
 def test_a_result_that_is_always_damaged_fails_the_round_everywhere() -> None:
-    wire = type("Always", (Damaging,), {"times": 99, "damaged_in": "all_gather"})
+    wire = type("Always", (Damaging,), {"times": 99, "damaged_in": "result"})
     results = run_islands(3, a_round(5000, "int8", [1.0] * 3), wire=wire)
     assert all(isinstance(result, RoundFailedError) for result in results)
 

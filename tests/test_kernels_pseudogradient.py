@@ -131,9 +131,27 @@ def test_kernel_and_reference_take_the_same_outer_step_bit_for_bit(format: str, 
         prints = torch.zeros(pg.num_blocks(n), dtype=torch.int64)
         update(codes, scales, *mine, prints, 0.7, 0.9, keep, format)
         found.append((*mine, prints))
+        unasked = [tensor.clone() for tensor in state]
+        update(codes, scales, *unasked, prints[:0], 0.7, 0.9, keep, format)
+        assert all(torch.equal(a, b) for a, b in zip(unasked, mine, strict=True))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(found[0][3], pg.fingerprint_parts(found[0][0], found[0][1]))
+
+
+@pytest.mark.parametrize("update", [pg.launch_outer_update, pg.reference_outer_update])
+def test_a_fragment_that_is_updated_in_two_parts_has_the_same_fingerprint(update) -> None:
+    g, *state = tensors(3000, 4)
+    codes, scales, _, _ = encoded(g, "int8")
+    prints = torch.zeros(pg.num_blocks(3000), dtype=torch.int64)
+    middle, blocks = 5 * pg.BLOCK, 5
+    for at, code, block in (
+        (slice(middle), slice(middle), slice(blocks)),
+        (slice(middle, None), slice(middle, None), slice(blocks, None)),
+    ):
+        parts = (tensor[at] for tensor in state)
+        update(codes[code], scales[block], *parts, prints[block], 0.7, 0.9, 0.5, "int8", block.start or 0)
+    assert torch.equal(prints, pg.fingerprint_parts(state[0], state[1]))
 
 
 def test_the_outer_step_is_that_of_torch_sgd_with_nesterov_momentum() -> None:
@@ -200,9 +218,15 @@ def test_the_kernels_compile_for_sm90(format: str) -> None:
     reduce = {"codes": "*u8", "scales": "*fp32", "weights": "*fp32", "out_codes": "*u8", "out_scales": "*fp32"}
     reduce |= {"num_blocks": "i32", "code_stride": "i64"}
     update = dict.fromkeys(("scales", "outer", "momentum", "inner"), "*fp32") | {"codes": "*u8", "prints": "*i64"}
-    update |= {"n": "i32", "num_blocks": "i32", "lr": "fp32", "mu": "fp32", "keep": "fp32", "mix_block": "i64"}
+    update |= {"n": "i32", "num_blocks": "i32", "first": "i32", "lr": "fp32", "mu": "fp32", "keep": "fp32", "mix_block": "i64"}
     compile_for_sm90(
         (module, "encode_pass", encode, {"HAS_ERROR": True} | block, options),
         (module, "reduce_pass", reduce, {"MEMBERS": 3} | block, options),
-        (module, "update_pass", update, {"MIX_OUTER": pg._MIX_OUTER, "MIX_MOMENTUM": pg._MIX_MOMENTUM} | block, options),
+        (
+            module,
+            "update_pass",
+            update,
+            {"MIX_OUTER": pg._MIX_OUTER, "MIX_MOMENTUM": pg._MIX_MOMENTUM, "HAS_PRINTS": True} | block,
+            options,
+        ),
     )

@@ -25,6 +25,11 @@ _HEAD = struct.Struct("<QqqqqdqQ")
 HEAD_BYTES = _HEAD.size
 # So often is a round sent in all; in the last try the members whose parts were damaged weigh nothing.
 TRIES = 3
+# Blocks that are reduced at a time, on a CPU and on a card: what is gathered of them stays in a CPU's caches.
+_BLOCKS_AT_ONCE = (1024, 65536)
+
+Coded = tuple[torch.Tensor, torch.Tensor]
+Message = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class RoundFailedError(FactoryTrainError):
@@ -32,21 +37,24 @@ class RoundFailedError(FactoryTrainError):
 
 
 class Wire(Protocol):
-    """How one rank of an island talks to the same rank of the others; tensors are uint8 on the CPU."""
+    """How one rank of an island talks to the same rank of the others; tensors are on the CPU."""
 
     rank: int
     size: int
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        """Sends row m of `sent` to member m; row m of `received` is what member m sent here."""
+    def all_to_all(self, received: Sequence[Sequence[torch.Tensor]], sent: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Sends the tensors of entry m of `sent` to member m, and fills those of entry m of `received` with what it sends.
+
+        The entry of this member itself is not looked at, and both sides leave out tensors without elements.
+        """
         ...
 
     def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        """Makes row m of `received` what member m sent to all."""
+        """Makes row m of `received` what member m sent to all; a few bytes."""
         ...
 
-    def room(self, what: str, *shape: int) -> torch.Tensor:
-        """Returns memory for `what`, of any content, that this wire keeps from round to round."""
+    def room(self, what: str, size: int) -> torch.Tensor:
+        """Returns `size` bytes for `what`, of any content, that this wire keeps from round to round."""
         ...
 
 
@@ -96,16 +104,18 @@ class Reduced:
     tries: int = 1
 
 
-def shard_blocks(blocks: int, members: int) -> int:
-    """Returns the blocks of each member's part; the last part may reach beyond the end."""
-    return -(-blocks // members)
+def shard_blocks(blocks: int, members: int, member: int) -> range:
+    """Returns the blocks that a member owns; the last ones may own fewer than the others, or none."""
+    part = -(-blocks // members)
+    return range(min(member * part, blocks), min((member + 1) * part, blocks))
 
 
-def payload_bytes(n: int, members: int, format: str) -> int:
-    """Returns what one rank sends in a round, in bytes: 2 (M - 1) parts with their heads, and the acknowledgement."""
+def payload_bytes(n: int, members: int, member: int, format: str) -> int:
+    """Returns what a member sends in a round, in bytes: the others' parts, its own M - 1 times, their heads, the acknowledgement."""
+    blocks = kernels.num_blocks(n)
+    own = len(shard_blocks(blocks, members, member))
     per_block = kernels.CODE_BYTES[format] + 4 * kernels.has_scales(format)
-    part = shard_blocks(kernels.num_blocks(n), members) * per_block + HEAD_BYTES
-    return (members - 1) * (2 * part + 8)
+    return (blocks - own + (members - 1) * own) * per_block + (members - 1) * (2 * HEAD_BYTES + 8)
 
 
 def reduce_round(wire: Wire, notice: Notice, codes: torch.Tensor, scales: torch.Tensor, format: str, device: torch.device) -> Reduced:
@@ -141,85 +151,102 @@ def _try(
     device: torch.device,
     left_out: tuple[int, ...],
 ) -> tuple[Reduced | None, set[int]]:
-    blocks = codes.numel() // kernels.CODE_BYTES[format]
-    part = shard_blocks(blocks, wire.size)
-    sent = _messages(wire, notice, codes, scales, part, format)
-    received = wire.room("received", *sent.shape)
+    blocks, members = codes.numel() // kernels.CODE_BYTES[format], range(wire.size)
+    others = [member for member in members if member != wire.rank]
+    parts = [shard_blocks(blocks, wire.size, member) for member in members]
+    sent = [_message(notice, 0, *_of_blocks(codes, scales, part, format)) for part in parts]
+    received = [sent[wire.rank] if member == wire.rank else _space(wire, member, parts[wire.rank], format) for member in members]
     wire.all_to_all(received, sent)
-    good = [_is_intact(message) or member in left_out for member, message in enumerate(received)]
-    notices = [Notice.decode(_head(message))[0] if ok else None for message, ok in zip(received, good, strict=True)]
+    bad = sum(1 << member for member in others if not _is_intact(received[member]) and member not in left_out)
+    heads = [_read(message) if not bad >> member & 1 and member not in left_out else None for member, message in enumerate(received)]
+    notices = [None if head is None else head[0] for head in heads]
     _check_same_round(notice, notices)
-    bad = sum(1 << member for member, ok in enumerate(good) if not ok)
-    weights = [said.weight if said is not None and member not in left_out else 0.0 for member, said in enumerate(notices)]
-    own = _reduce_part(received, weights, part, format, device)
-    message = wire.room("own", HEAD_BYTES + own.numel())
-    message[HEAD_BYTES:] = own
-    _seal(message, notice, bad)
-    gathered = wire.room("gathered", wire.size, message.numel())
-    wire.all_gather(gathered, message)
-    intact = all(map(_is_intact, gathered))
-    said = [Notice.decode(_head(row)) for row in gathered]
-    # Anybody's damage is everybody's: all members try again, or none.
-    digest = _digest(gathered) & 0x7FFFFFFFFFFFFFFF if intact and not any(bits for _, bits in said) else 0
+    weights = [0.0 if said is None else said.weight for said in notices]
+    # What the last round came to is kept until this one is over: others may still need it.
+    result = _result(wire, f"result {notice.number % 2}", blocks, format)
+    own = _of_blocks(*result, parts[wire.rank], format)
+    _reduce_part([(codes, scales) for _, codes, scales in received], weights, own, format, device)
+    message = _message(notice, bad, *own)
+    gathered = [(_new_head(), *_of_blocks(*result, part, format)) for part in parts]
+    gathered[wire.rank] = message
+    wire.all_to_all(gathered, [message] * wire.size)
+    intact = all(_is_intact(gathered[member]) for member in others)
+    said = [_read(message) for message in gathered]
+    # Anybody's damage is everybody's: all members try again, or none. Heads hold the hashes of all that came with them.
+    good = intact and not any(bits for _, bits in said)
+    digest = _digest([head for head, *_ in gathered]) & 0x7FFFFFFFFFFFFFFF if good else 0
     answers = torch.empty(wire.size, 8, dtype=torch.uint8)
     wire.all_gather(answers, torch.tensor([digest], dtype=torch.int64).view(torch.uint8))
     digests = answers.view(torch.int64).view(-1).tolist()
     if digest == 0 or len(set(digests)) != 1:
         reported = [bits for _, bits in said] if intact else [bad]
-        return None, {member for member in range(wire.size) if any(bits >> member & 1 for bits in reported)}
+        return None, {member for member in members if any(bits >> member & 1 for bits in reported)}
     everybody = tuple(item for item, _ in said)
     if not any(item.weight for member, item in enumerate(everybody) if member not in left_out):
         return Reduced(None, None, everybody, left_out), set()
-    size = part * kernels.CODE_BYTES[format]
-    all_codes = gathered[:, HEAD_BYTES : HEAD_BYTES + size].reshape(-1)[: codes.numel()]
-    all_scales = gathered[:, HEAD_BYTES + size :].contiguous().view(torch.float32).reshape(-1)[: scales.numel()]
-    return Reduced(all_codes, all_scales, everybody, left_out), set()
+    return Reduced(*result, everybody, left_out), set()
 
 
-def _messages(wire: Wire, notice: Notice, codes: torch.Tensor, scales: torch.Tensor, part: int, format: str) -> torch.Tensor:
-    """Returns one message a row: head, codes and scales of that member's part; what lies beyond the end is zeros."""
-    code_bytes = part * kernels.CODE_BYTES[format]
-    scale_bytes = 4 * part * kernels.has_scales(format)
-    messages = wire.room("sent", wire.size, HEAD_BYTES + code_bytes + scale_bytes)
-    for (start, length), source in (((HEAD_BYTES, code_bytes), codes), ((HEAD_BYTES + code_bytes, scale_bytes), scales.view(torch.uint8))):
-        for member in range(wire.size if length else 0):
-            piece = source[member * length : (member + 1) * length]
-            messages[member, start : start + len(piece)] = piece
-            messages[member, start + len(piece) : start + length] = 0
-    for message in messages:
-        _seal(message, notice, 0)
-    return messages
+def _of_blocks(codes: torch.Tensor, scales: torch.Tensor, blocks: range, format: str) -> Coded:
+    """Returns the codes and scales of some of the blocks."""
+    size = kernels.CODE_BYTES[format]
+    return codes[blocks.start * size : blocks.stop * size], scales[blocks.start : blocks.stop] if scales.numel() else scales
 
 
-def _reduce_part(received: torch.Tensor, weights: Sequence[float], part: int, format: str, device: torch.device) -> torch.Tensor:
-    """Returns codes and scales of the weighted mean of one part, one after the other, on the CPU."""
-    size, total = part * kernels.CODE_BYTES[format], sum(weights)
-    codes = received[:, HEAD_BYTES : HEAD_BYTES + size].contiguous().to(device)
-    scales = received[:, HEAD_BYTES + size :].contiguous().view(torch.float32).to(device)
-    shares = [weight / total if total else 0.0 for weight in weights]
+def _result(wire: Wire, what: str, blocks: int, format: str) -> Coded:
+    """Returns room for codes and scales."""
+    codes = wire.room(f"codes {what}", blocks * kernels.CODE_BYTES[format])
+    return codes, wire.room(f"scales {what}", 4 * blocks * kernels.has_scales(format)).view(torch.float32)
+
+
+def _space(wire: Wire, member: int, blocks: range, format: str) -> Message:
+    return _new_head(), *_result(wire, f"of member {member}", len(blocks), format)
+
+
+def _reduce_part(sent: Sequence[Coded], weights: Sequence[float], own: Coded, format: str, device: torch.device) -> None:
+    """Fills codes and scales with the weighted mean of what members sent for the same blocks, some of them at a time."""
+    total, size = sum(weights), kernels.CODE_BYTES[format]
     wide = torch.float64 if format == "fp64" else torch.float32
-    out_codes, out_scales = torch.empty_like(codes[0]), torch.empty_like(scales[0])
-    kernels.reduce(codes, scales, torch.tensor(shares, dtype=wide, device=device), out_codes, out_scales, format)
-    return torch.cat((out_codes, out_scales.view(torch.uint8))).cpu()
+    shares = torch.tensor([weight / total if total else 0.0 for weight in weights], dtype=wide, device=device)
+    blocks = own[0].numel() // size
+    for first in range(0, blocks, _BLOCKS_AT_ONCE[device.type == "cuda"]):
+        some = range(first, min(first + _BLOCKS_AT_ONCE[device.type == "cuda"], blocks))
+        pieces = [_of_blocks(codes, scales, some, format) for codes, scales in sent]
+        codes, scales = (torch.stack(tensors).to(device) for tensors in zip(*pieces, strict=True))
+        mine = _of_blocks(*own, some, format)
+        out = mine if device.type == "cpu" else tuple(torch.empty_like(tensor, device=device) for tensor in mine)
+        kernels.reduce(codes, scales, shares, *out, format)
+        if out is not mine:
+            for host, tensor in zip(mine, out, strict=True):
+                host.copy_(tensor)
 
 
-def _seal(message: torch.Tensor, notice: Notice, bad: int) -> None:
-    message[:HEAD_BYTES] = torch.frombuffer(bytearray(notice.encode(0, bad)), dtype=torch.uint8)
-    digest = _digest(message[8:])
-    message[:8] = torch.frombuffer(bytearray(struct.pack("<Q", digest)), dtype=torch.uint8)
+def _new_head() -> torch.Tensor:
+    return torch.empty(HEAD_BYTES, dtype=torch.uint8)
 
 
-def _digest(data: torch.Tensor) -> int:
-    return xxhash.xxh3_64_intdigest(data.numpy().data)
+def _message(notice: Notice, bad: int, codes: torch.Tensor, scales: torch.Tensor) -> Message:
+    """Returns a message whose head begins with the hash of all that follows."""
+    head = torch.frombuffer(bytearray(notice.encode(0, bad)), dtype=torch.uint8)
+    head[:8] = torch.frombuffer(bytearray(struct.pack("<Q", _digest((head[8:], codes, scales)))), dtype=torch.uint8)
+    return head, codes, scales
 
 
-def _head(message: torch.Tensor) -> bytes:
-    return message[:HEAD_BYTES].numpy().tobytes()
+def _digest(parts: Sequence[torch.Tensor]) -> int:
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part.numpy().data)
+    return digest.intdigest()
 
 
-def _is_intact(message: torch.Tensor) -> bool:
-    (digest,) = struct.unpack("<Q", message[:8].numpy().tobytes())
-    return _digest(message[8:]) == digest
+def _read(message: Message) -> tuple[Notice, int]:
+    return Notice.decode(message[0].numpy().tobytes())
+
+
+def _is_intact(message: Message) -> bool:
+    head, codes, scales = message
+    (digest,) = struct.unpack("<Q", head[:8].numpy().tobytes())
+    return _digest((head[8:], codes, scales)) == digest
 
 
 def _check_same_round(mine: Notice, notices: Sequence[Notice | None]) -> None:

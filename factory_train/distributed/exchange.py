@@ -70,9 +70,8 @@ class Exchange:
         self._waiting = Waiting()
         self.epoch: Epoch | None = None
         # The last round that was applied, and the step it was applied at.
-        self.completed, self.step = -1, 0
-        self._fragment = 0
-        self._prints: list[int | torch.Tensor] = [0] * len(state)
+        self.completed, self.step, self._fragment = -1, 0, 0
+        self._prints: list[int | torch.Tensor | None] = [0] * len(state)
 
     # Beginning
 
@@ -175,11 +174,11 @@ class Exchange:
         return self._arrival(mine, outcome, waited_s)
 
     def applied(self, number: int, fragment: int, prints: torch.Tensor | None) -> None:
-        """Notes that a round has been applied, and the parts of the fragment's new fingerprint; None where it did not change."""
+        """Notes that a round has been applied, and parts of the new fingerprint: empty to take it when asked, None if it is the old one."""
         self.completed, self._fragment = number, fragment
         if prints is not None:
             # Read when the next round is sent: now the host would wait for the device.
-            self._prints[fragment] = prints
+            self._prints[fragment] = prints if prints.numel() else None
         self._under_way = None
         self._tell(number=number, step=self.step)
 
@@ -381,7 +380,8 @@ class Exchange:
         return total - 2**64 if total >= 2**63 else total
 
     def _print_of(self, fragment: int) -> int:
-        found = self._prints[fragment]
+        if (found := self._prints[fragment]) is None:
+            return self._state.fingerprint(fragment)
         return int(found.sum().item()) if isinstance(found, torch.Tensor) else found
 
     def _await_membership(self, after: int) -> Epoch:

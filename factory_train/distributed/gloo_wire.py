@@ -6,12 +6,15 @@ import contextlib
 import datetime
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from factory_train.distributed.process_group import interface_towards
+
+Parts = Sequence[torch.Tensor]
 
 
 def listen_where_others_are(store: dist.Store, rank: int, size: int) -> None:
@@ -53,7 +56,7 @@ class GlooWire:
     def __init__(
         self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, meet: datetime.timedelta | None = None
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self._timeout = rank, size, timeout
         # What this rank sent to others, in bytes.
         self.bytes_sent = 0
         self._rooms: dict[str, torch.Tensor] = {}
@@ -67,13 +70,17 @@ class GlooWire:
         if self._group is not None:
             self._group._set_default_timeout(timeout)
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts]) -> None:
         """See `encoded_reduce.Wire`."""
-        if self._group is None:
-            received.copy_(sent)
+        if (group := self._group) is None:
             return
-        self._group.alltoall_base(received, sent, [], [], dist.AllToAllOptions()).wait()
-        self.bytes_sent += sent.nbytes // self.size * (self.size - 1)
+        others = [member for member in range(self.size) if member != self.rank]
+        # Nothing is copied together: each part goes from where it is to where it is wanted, in their order.
+        coming = [group.recv([part], member, 0) for member in others for part in received[member] if part.numel()]
+        leaving = [group.send([part], member, 0) for member in others for part in sent[member] if part.numel()]
+        for work in (*coming, *leaving):
+            work.wait(self._timeout)
+        self.bytes_sent += sum(part.nbytes for member in others for part in sent[member])
 
     def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """See `encoded_reduce.Wire`."""
@@ -83,12 +90,12 @@ class GlooWire:
         self._group._allgather_base(received.view(-1), sent).wait()
         self.bytes_sent += sent.nbytes * (self.size - 1)
 
-    def room(self, what: str, *shape: int) -> torch.Tensor:
+    def room(self, what: str, size: int) -> torch.Tensor:
         """See `encoded_reduce.Wire`; fresh memory costs more than what is done with it."""
         held = self._rooms.get(what)
-        if held is None or held.shape != shape:
-            held = self._rooms[what] = torch.empty(shape, dtype=torch.uint8)
-        return held
+        if held is None or held.numel() < size:
+            held = self._rooms[what] = torch.empty(size, dtype=torch.uint8)
+        return held[:size]
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Sends a tensor to one member, who calls `receive`."""

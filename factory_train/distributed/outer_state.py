@@ -1,7 +1,8 @@
 """The outer state of one rank: parameters, momentum and what codes left out, flat by fragment, of the rank's own shards.
 
-It costs 8 bytes a local parameter in float32, 12 with error feedback, and one buffer of the largest fragment in which inner
-parameters are gathered: kernels then see a fragment as one tensor, whatever the parallel strategy.
+It costs 8 bytes a local parameter in float32, 12 with error feedback, and codes and what they leave out of one fragment. Kernels
+see a fragment as one tensor, whatever the parallel strategy: it is worked through in windows, and inner parameters are gathered
+only where a window holds more than one of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from factory_train.distributed.box import local_tensor
 from factory_train.kernels import pseudogradient as kernels
 
 PAYLOADS = ("none", "fp32", "bf16", "int8", "int4")
+# Blocks of a window, on a CPU and on a card.
+_WINDOW_BLOCKS = (2048, 65536)
 
 
 @dataclass
@@ -45,6 +48,31 @@ class Encoded:
         return bool(self.squares.sum().isfinite())
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Some whole blocks of a fragment, the last one maybe short.
+
+    Args:
+        start, stop: its elements in the fragment.
+        pieces: of each parameter in it the name, where it lies in the flat shard, and where in the window.
+    """
+
+    start: int
+    stop: int
+    pieces: tuple[tuple[str, slice, slice], ...]
+
+    @property
+    def elements(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def blocks(self) -> slice:
+        return slice(self.start // kernels.BLOCK, kernels.num_blocks(self.stop))
+
+    def code_bytes(self, format: str) -> slice:
+        return slice(self.blocks.start * kernels.CODE_BYTES[format], self.blocks.stop * kernels.CODE_BYTES[format])
+
+
 class _Fragment:
     """One fragment: where each parameter lies in it, and the state."""
 
@@ -58,6 +86,16 @@ class _Fragment:
         device = next(iter(shards.values())).device
         self.outer, self.momentum = (torch.zeros(self.numel, dtype=dtype, device=device) for _ in range(2))
         self.error = torch.zeros(self.numel if feedback else 0, dtype=dtype, device=device)
+        self.windows = [*self._cut(_WINDOW_BLOCKS[device.type == "cuda"] * kernels.BLOCK)]
+
+    def _cut(self, size: int) -> Iterator[_Window]:
+        for start in range(0, self.numel, size):
+            stop, pieces = min(start + size, self.numel), []
+            for name, (first, shape) in self.places.items():
+                begin, end = max(start, first), min(stop, first + shape.numel())
+                if begin < end:
+                    pieces.append((name, slice(begin - first, end - first), slice(begin - start, end - start)))
+            yield _Window(start, stop, tuple(pieces))
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the part of `flat` that is each parameter's, in its shape."""
@@ -88,7 +126,10 @@ class OuterState:
             _Fragment(names, shards, self.dtype, error_feedback and self.format not in ("fp64", wide)) for names in fragments
         ]
         self.device = self._fragments[0].outer.device
-        self._gathered = torch.zeros(max(fragment.numel for fragment in self._fragments), dtype=self.dtype, device=self.device)
+        # What the next code leaves out is written over error feedback that is not needed any more.
+        self._spare: torch.Tensor | None = None
+        # Codes and scales of the round under way: one is at a time.
+        self._code_room: tuple[torch.Tensor, torch.Tensor] | None = None
         self.copy_inner_to_outer()
 
     def _shards(self) -> dict[str, torch.Tensor]:
@@ -104,57 +145,79 @@ class OuterState:
 
     def room(self, fragment: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns empty codes and scales of a fragment, in host memory."""
-        blocks = kernels.num_blocks(self.numel(fragment))
+        return self._room(kernels.num_blocks(self.numel(fragment)), pinned=False)
+
+    def _room(self, blocks: int, *, pinned: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return (
-            torch.empty(blocks * kernels.CODE_BYTES[self.format], dtype=torch.uint8),
-            torch.empty(blocks if kernels.has_scales(self.format) else 0, dtype=torch.float32),
+            torch.empty(blocks * kernels.CODE_BYTES[self.format], dtype=torch.uint8, pin_memory=pinned),
+            torch.empty(blocks if kernels.has_scales(self.format) else 0, dtype=torch.float32, pin_memory=pinned),
         )
 
     @torch.no_grad()
     def encode(self, fragment: int) -> Encoded:
-        """Encodes outer - inner parameters of a fragment as they are now."""
+        """Encodes outer - inner parameters of a fragment as they are now; the code before must not be needed any more."""
         state = self._fragments[fragment]
-        inner = self._gather(state)
-        codes, scales = (tensor.to(self.device) for tensor in self.room(fragment))
-        left_out = torch.empty_like(state.error)
-        squares = torch.empty(kernels.num_blocks(state.numel), dtype=self.dtype, device=self.device)
-        kernels.encode(state.outer, inner, state.error, codes, scales, left_out, squares, self.format)
-        if self.device.type != "cuda":
+        blocks, on_card = kernels.num_blocks(state.numel), self.device.type == "cuda"
+        if self._code_room is None:
+            largest = max(kernels.num_blocks(state.numel) for state in self._fragments)
+            self._code_room = self._room(largest, pinned=on_card)
+        hosted = self._code_room[0][: blocks * kernels.CODE_BYTES[self.format]], self._code_room[1][:blocks]
+        codes, scales = (torch.empty_like(host, device=self.device) for host in hosted) if on_card else hosted
+        spare, self._spare = self._spare, None
+        left_out = spare if spare is not None and spare.shape == state.error.shape else torch.empty_like(state.error)
+        squares = torch.empty(blocks, dtype=self.dtype, device=self.device)
+        flats = self._flats(state)
+        for window in state.windows:
+            at = window.elements
+            kernels.encode(
+                state.outer[at], _gather(window, flats), state.error[at], codes[window.code_bytes(self.format)],
+                scales[window.blocks], left_out[at], squares[window.blocks], self.format,
+            )  # fmt: skip
+        if not on_card:
             return Encoded(codes, scales, left_out, squares)
-        hosted = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in (codes, scales, squares)]
-        for host, tensor in zip(hosted, (codes, scales, squares), strict=True):
+        host_squares = torch.empty_like(squares, device="cpu", pin_memory=True)
+        for host, tensor in zip((*hosted, host_squares), (codes, scales, squares), strict=True):
             host.copy_(tensor, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return Encoded(hosted[0], hosted[1], left_out, hosted[2], copied)
+        return Encoded(*hosted, left_out, host_squares, copied)
 
     @torch.no_grad()
     def apply(self, fragment: int, codes: torch.Tensor, scales: torch.Tensor, *, lr: float, momentum: float, keep: float) -> torch.Tensor:
         """Takes the outer step of a fragment; see `kernels.pseudogradient.outer_update`.
 
         Returns:
-            The fingerprint's parts, on the device.
+            The fingerprint's parts, on the device; none of an only fragment, whose fingerprint is taken anew for each round.
         """
         state = self._fragments[fragment]
-        inner = self._gather(state)
-        prints = torch.empty(kernels.num_blocks(state.numel), dtype=torch.int64, device=self.device)
-        kernels.outer_update(
-            codes.to(self.device), scales.to(self.device), state.outer, state.momentum, inner, prints, lr, momentum, keep, self.format
-        )
-        self._scatter(state, inner)
+        num_prints = kernels.num_blocks(state.numel) if len(self) > 1 else 0
+        prints = torch.empty(num_prints, dtype=torch.int64, device=self.device)
+        flats = self._flats(state)
+        for window in state.windows:
+            at, blocks, inner = window.elements, window.blocks, _gather(window, flats)
+            kernels.outer_update(
+                codes[window.code_bytes(self.format)].to(self.device), scales[blocks].to(self.device),
+                state.outer[at], state.momentum[at], inner, prints[blocks], lr, momentum, keep, self.format, blocks.start,
+            )  # fmt: skip
+            _scatter(window, inner, flats)
+        self._put_back(flats)
         return prints
 
     @torch.no_grad()
     def mix(self, fragment: int, keep: float) -> None:
         """Makes the inner parameters `keep` inner + (1 - `keep`) outer, without an outer step."""
-        state = self._fragments[fragment]
-        inner = self._gather(state)
-        self._scatter(state, inner.mul_(keep).add_(state.outer, alpha=1.0 - keep) if keep else state.outer)
+        state, shards = self._fragments[fragment], self._shards()
+        for name, outer in state.views(state.outer).items():
+            if keep:
+                shards[name].mul_(keep).add_(outer, alpha=1.0 - keep)
+            else:
+                shards[name].copy_(outer)
 
     @torch.no_grad()
     def accept(self, fragment: int, encoded: Encoded) -> None:
         """Makes what a code left out the error feedback: its round counts."""
-        self._fragments[fragment].error.copy_(encoded.left_out)
+        state = self._fragments[fragment]
+        state.error, self._spare = encoded.left_out, state.error
 
     @torch.no_grad()
     def fingerprint(self, fragment: int) -> int:
@@ -217,16 +280,32 @@ class OuterState:
         squares = torch.zeros(1, dtype=self.dtype)
         return Encoded(codes, scales, torch.zeros_like(state.error), squares)
 
-    def _gather(self, fragment: _Fragment) -> torch.Tensor:
-        """Returns the inner parameters of a fragment as one flat tensor."""
+    def _flats(self, fragment: _Fragment) -> dict[str, torch.Tensor]:
+        """Returns the shards of a fragment's parameters, flat: themselves, or copies where their elements do not follow each other."""
         shards = self._shards()
-        inner = self._gathered[: fragment.numel]
-        views = fragment.views(inner)
-        if views:
-            torch._foreach_copy_(list(views.values()), [shards[name] for name in views])
-        return inner
+        return {name: shards[name].reshape(-1) for name in fragment.names}
+
+    def _put_back(self, flats: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what was written into flat copies."""
+        shards = self._shards()
+        for name, flat in flats.items():
+            if flat.data_ptr() != shards[name].data_ptr():
+                shards[name].copy_(flat.view(shards[name].shape))
 
     def _scatter(self, fragment: _Fragment, flat: torch.Tensor) -> None:
         shards, views = self._shards(), fragment.views(flat)
         if views:
             torch._foreach_copy_([shards[name] for name in views], list(views.values()))
+
+
+def _gather(window: _Window, flats: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the inner parameters of a window: the shard itself where it is of one parameter, else a copy."""
+    pieces = [flats[name][of_shard] for name, of_shard, _ in window.pieces]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _scatter(window: _Window, inner: torch.Tensor, flats: Mapping[str, torch.Tensor]) -> None:
+    """Brings what became of a window's copy back to the shards."""
+    if len(window.pieces) > 1:
+        shards = [flats[name][of_shard] for name, of_shard, _ in window.pieces]
+        torch._foreach_copy_(shards, [inner[of_window] for _, _, of_window in window.pieces])

@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conftest import REPOSITORY
+from slurm_cluster import losses, until
+
+from factory_train.run_dir import RunDir
+from factory_train.tracking.store import open_store
 
 ENVIRON = os.environ | {"PYTHONPATH": str(REPOSITORY), "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
@@ -57,3 +61,17 @@ def answers(uri: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
+
+
+def holds_one_run_with_every_step_once(uri: str, run: RunDir, steps: int) -> None:
+    """Checks what a job of several attempts has sent: one finished run, its whole curve, and its model registered."""
+    store = open_store(uri, "factory_train")
+    # The syncer of the job sends the rest after the verdict.
+    until(lambda: [item.info.status for item in store.client.search_runs([store.experiment_id])] == ["FINISHED"])
+    (found,) = store.client.search_runs([store.experiment_id])
+    assert found.info.run_name == run.name
+    history = sorted(store.client.get_metric_history(found.info.run_id, "train/loss"), key=lambda metric: metric.step)
+    assert [metric.step for metric in history] == list(range(1, steps + 1))
+    assert {metric.step: metric.value for metric in history} == losses(run)
+    (version,) = store.client.search_model_versions("name = 'llama_fsdp'")
+    assert version.run_id == found.info.run_id

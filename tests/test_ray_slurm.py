@@ -11,7 +11,8 @@ import command
 import pytest
 import slurm_cluster
 from conftest import REPOSITORY
-from slurm_cluster import losses, reached, text_file, until
+from ray_cluster import PATIENCE_S
+from slurm_cluster import ended, losses, reached, resumed_at, text_file, until
 
 from factory_train.run_dir import RunDir
 
@@ -46,7 +47,7 @@ def over(cluster: Cluster, folder: Path, job: str) -> str:
         text = cluster.slurm("scontrol", "--oneliner", "show", "job", job)
         return text.split("JobState=")[1].split()[0]
 
-    until(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING"), 180.0, lambda: (folder / f"{job}.log").read_text()[-3000:])
+    until(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING"), about=lambda: (folder / f"{job}.log").read_text()[-3000:])
     return state()
 
 
@@ -65,19 +66,22 @@ def left_behind(job: str) -> list[str]:
 
 
 def nothing_is_left(folder: Path, job: str) -> None:
-    until(lambda: not left_behind(job), 60.0, lambda: "\n".join(left_behind(job)))
+    until(lambda: not left_behind(job), about=lambda: "\n".join(left_behind(job)))
     assert not list(folder.glob(f".ray-{job}-*"))
 
 
-def test_the_curve_is_that_of_one_machine_and_nothing_is_left(cluster: Cluster, folder: Path) -> None:
+def test_the_curve_is_that_of_slurm_and_of_one_machine_and_nothing_is_left(cluster: Cluster, folder: Path) -> None:
     job = sbatch(cluster, folder, STEPS)
     assert over(cluster, folder, job) == "COMPLETED", (folder / f"{job}.log").read_text()
     run = RunDir.open(folder / "runs" / f"llama_fsdp-job{job}")
     nothing_is_left(folder, job)
     words = ("recipe=llama_fsdp", "launcher=local", "launcher.tasks_per_node=4", "run=local", "data.path=text.txt")
-    done = command.run(*words, *slurm_cluster.QUICK, STEPS, "tracking=none", cwd=folder)
+    done = command.run(*words, *slurm_cluster.QUICK, STEPS, "tracking=none", cwd=folder, timeout_s=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(run) == pytest.approx(losses(RunDir.open(folder / "runs" / "llama_fsdp-local")), rel=1e-5)
+    by_slurm = slurm_cluster.submit(folder, "slurm", STEPS)
+    ended(by_slurm)
+    for other in (by_slurm, RunDir.open(folder / "runs" / "llama_fsdp-local")):
+        assert losses(run) == pytest.approx(losses(other), rel=1e-5)
 
 
 def test_after_a_failure_nothing_is_left(cluster: Cluster, folder: Path) -> None:
@@ -90,7 +94,7 @@ def test_after_a_failure_nothing_is_left(cluster: Cluster, folder: Path) -> None
 def test_after_a_cancel_nothing_is_left(cluster: Cluster, folder: Path) -> None:
     job = sbatch(cluster, folder, "train.steps=2000")
     run = folder / "runs" / f"llama_fsdp-job{job}"
-    until(lambda: (run / "run.json").exists(), 120.0, lambda: (folder / f"{job}.log").read_text()[-3000:])
+    until(lambda: (run / "run.json").exists(), about=lambda: (folder / f"{job}.log").read_text()[-3000:])
     reached(RunDir.open(run), 20)
     cluster.slurm("scancel", job)
     assert over(cluster, folder, job) == "CANCELLED"
@@ -100,14 +104,15 @@ def test_after_a_cancel_nothing_is_left(cluster: Cluster, folder: Path) -> None:
 def test_a_requeued_job_saves_first_and_goes_on_in_the_same_run(cluster: Cluster, folder: Path) -> None:
     job = sbatch(cluster, folder, "train.steps=400")
     run = folder / "runs" / f"llama_fsdp-job{job}"
-    until(lambda: (run / "run.json").exists(), 120.0, lambda: (folder / f"{job}.log").read_text()[-3000:])
+    until(lambda: (run / "run.json").exists(), about=lambda: (folder / f"{job}.log").read_text()[-3000:])
     reached(RunDir.open(run), 20)
     cluster.slurm("scancel", "--batch", "--signal=TERM", job)
-    until(lambda: RunDir.open(run).attempts()[0].verdict(), 120.0)
+    until(lambda: RunDir.open(run).attempts()[0].verdict())
     verdict = RunDir.open(run).attempts()[0].verdict()
     assert verdict is not None
     assert (verdict.outcome, verdict.exit_code) == ("preempted", 75)
-    until(lambda: "Restarts=1" in cluster.slurm("scontrol", "--oneliner", "show", "job", job), 60.0)
-    cluster.slurm("scancel", job)
-    over(cluster, folder, job)
+    until(lambda: "Restarts=1" in cluster.slurm("scontrol", "--oneliner", "show", "job", job))
+    assert over(cluster, folder, job) == "COMPLETED", (folder / f"{job}.log").read_text()
+    assert resumed_at(RunDir.open(run), 2) == verdict.step
+    ended(RunDir.open(run))
     nothing_is_left(folder, job)

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from mlflow_server import mlflow_server
-from slurm_cluster import ended, job_id, losses, reached, submit, until
-
-from factory_train.tracking.store import open_store
+from mlflow_server import holds_one_run_with_every_step_once, mlflow_server
+from slurm_cluster import ended, job_id, reached, submit
 
 if TYPE_CHECKING:
     from slurm_cluster import Cluster
@@ -24,13 +22,4 @@ def test_a_disturbed_run_is_one_run_in_mlflow_with_every_step_once(cluster: Clus
         cluster.slurm("scontrol", "requeue", job_id(run))
         ended(run)
         assert len(run.attempts()) == 2
-        store = open_store(uri, "factory_train")
-        # The syncer of the job sends the rest after the verdict.
-        until(lambda: [item.info.status for item in store.client.search_runs([store.experiment_id])] == ["FINISHED"])
-        (found,) = store.client.search_runs([store.experiment_id])
-        assert found.info.run_name == run.name
-        history = sorted(store.client.get_metric_history(found.info.run_id, "train/loss"), key=lambda metric: metric.step)
-        assert [metric.step for metric in history] == list(range(1, 101))
-        assert {metric.step: metric.value for metric in history} == losses(run)
-        (version,) = store.client.search_model_versions("name = 'llama_fsdp'")
-        assert version.run_id == found.info.run_id
+        holds_one_run_with_every_step_once(uri, run, 100)

@@ -195,6 +195,7 @@ class LauncherConfig:
     gres: Optional[str] = setting(None, "generic resources of each node (gpu:a100:4), where a site wants them so", safe=True)
     cpus_per_task: Optional[int] = setting(None, "CPU cores of each rank", safe=True)
     memory: Optional[str] = setting(None, "memory of each node (64G; 0 is all of it), as in sbatch --mem", safe=True)
+    resources: dict[str, float] = setting({}, "Ray: what else each node must give, by the cluster's own names: {fast_disk:1}", safe=True)
     time: Optional[str] = setting(None, "time limit (minutes, HH:MM:SS, D-HH:MM:SS); null is the partition's", safe=True)
     exclusive: bool = setting(False, "share nodes with no other job", safe=True)
     exclude: Optional[str] = setting(None, "nodes to stay away from (node[3-5])", safe=True)

@@ -41,6 +41,11 @@ def has_islands(run: RunDir) -> bool:
     return (run.path / _FOLDER).is_dir()
 
 
+def islands_of(run: RunDir) -> list[RunDir]:
+    """Returns the directories of the islands of a run that were ever started, in the order of their names."""
+    return [RunDir(path) for path in sorted((run.path / _FOLDER).glob(f"{_KIND}-*"))]
+
+
 def run_of_island(run: RunDir) -> RunDir:
     """Returns the run that an island's directory belongs to."""
     assert is_island(run), run.path

@@ -332,7 +332,7 @@ class _Requests:
         return None if self._runner._at_once() is None else signal.SIGINT
 
     def wait(self, timeout_s: float) -> None:
-        attempt = self._runner._attempt
-        attempt.check_fence("looking after its islands")
         # Not longer: the end of an island's process is told at once, other things have to be looked for.
         self._runner._rest(min(1.0, max(0.0, timeout_s)))
+        # Right before anything is started over: it would be taken from who looks after the islands now.
+        self._runner._attempt.check_fence("looking after its islands")

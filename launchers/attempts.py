@@ -75,3 +75,17 @@ def count_fruitless(run: RunDir) -> int:
         if "submit" in events:
             break
     return count
+
+
+def count_unbegun(run: RunDir) -> int:
+    """Returns how many attempts in a row, up to now, ended badly before they had a place."""
+    count = 0
+    for attempt in reversed(run.attempts()):
+        kinds = {event["event"] for event in attempt.events()}
+        verdict = attempt.verdict()
+        if "start" in kinds or verdict is None or verdict.outcome != "failed-transient":
+            break
+        count += 1
+        if "submit" in kinds:
+            break
+    return count

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from factory_train import storage
 from factory_train.hardware import visible_cards
+from factory_train.launchers import attempts
 from factory_train.launchers.child import Child, end_all
 from factory_train.launchers.environment import import_environ
 from factory_train.launchers.islands import Island, Running
@@ -44,6 +45,8 @@ class Supervisors:
             "tracker": False,
             "environ": self._job["environ"] | self._cards(island),
         }
+        # Known as long as nothing has been saved: after three such starts without a newer checkpoint there is no fourth.
+        attempt.record_launch_event("start", checkpoint=attempts.newest_checkpoint_step(attempt.run))
         storage.write_json(attempt.job_path, job)
         return child
 

@@ -144,7 +144,7 @@ class Islands:
             for island in self._running():
                 assert island.started is not None
                 if not island.started.running:
-                    self._ended(island, again=forwarded is None)
+                    self._ended(island, again=forwarded is None and self._asked() is None)
             running = self._running()
             if not running:
                 return self._conclude()
@@ -196,16 +196,17 @@ class Islands:
         island.exit_code = verdict.exit_code if verdict else ExitCode.FAILED
         island.reason = verdict.reason if verdict else f"its launcher {island.started.death()}"
         self._note("island-ended", island=island.name, attempt=island.attempt.number, outcome=outcome, reason=island.reason)
-        if outcome in ("done", "preempted", "interrupted"):
-            island.outcome = outcome
-        elif self._may_try(island, again):
+        stopped = outcome in ("done", "preempted", "interrupted")
+        # One that was told to go, while the others were not, saved and comes back.
+        if (outcome == "preempted" or not stopped) and self._may_try(island, again):
             self._start(island)
         else:
-            island.outcome = "failed"
+            island.outcome = outcome if stopped else "failed"
 
     def _may_try(self, island: Island, again: bool) -> bool:
         others_done = any(other.outcome == "done" for other in self._islands)
-        fruitless = attempts.count_fruitless(island_run(self._attempt.run, island.name)) >= attempts.MOST_FRUITLESS
+        run = island_run(self._attempt.run, island.name)
+        fruitless = max(attempts.count_fruitless(run), attempts.count_unbegun(run)) >= attempts.MOST_FRUITLESS
         return again and not others_done and not fruitless and island.exit_code not in _HOPELESS and not self._requests.at_once
 
     def _end(self, islands: list[Island], reason: str) -> None:

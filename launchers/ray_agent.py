@@ -75,7 +75,7 @@ class NodeAgent:
             OSError: a log cannot be written, or a process not be started.
         """
         self._stage, self._children, self._told = stage, [], []
-        network = fabric_environ(self._spec["fabric"], self._spec["interface"], self._attempt.path / "logs") if stage == "train" else {}
+        network = self._network() if stage == "train" else {}
         inherited = {**_node_caches(), **os.environ}
         # Ray's breakpoint() waits for a debugger that nobody attaches.
         inherited.pop("PYTHONBREAKPOINT", None)
@@ -84,13 +84,23 @@ class NodeAgent:
         try:
             for worker in orders:
                 name = f"rank-{worker.rank:05d}" if stage == "train" else stage
-                one_machine = worker.world_size == worker.local_world_size
+                one_machine = worker.world_size == worker.local_world_size and not self._spec["meets_others"]
                 environ = child_environ(inherited, {**network, **self._spec["environ"]}, worker, one_machine=one_machine)
                 log = self._attempt.log_path(name)
                 child = Child.start(name, worker.rank, self._spec["worker_module"], [stage], environ, log, python=self._spec["python"])
                 self._children.append(child)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _network(self) -> dict[str, str]:
+        found = fabric_environ(self._spec["fabric"], self._spec["interface"], self._attempt.path / "logs")
+        if self._spec["meets_others"] and "GLOO_SOCKET_IFNAME" not in {**os.environ, **found}:
+            import ray
+
+            # The other islands are on other nodes: they reach this one where Ray does.
+            name = _interface_of(ray.util.get_node_ip_address())
+            found |= {"GLOO_SOCKET_IFNAME": name} if name else {}
+        return found
 
     def poll(self) -> tuple[list[Exit], int, bool]:
         """Returns what has ended so far, how many still run, and whether a notice was passed on."""
@@ -132,6 +142,13 @@ class NodeAgent:
         if self._told and (code in _WELL or -code in self._told):
             return int(ExitCode.PREEMPTED)
         return code if code > 0 else int(ExitCode.FAILED)
+
+
+def _interface_of(address: str) -> str | None:
+    """Returns the network interface that has an address; None when none has."""
+    import psutil
+
+    return next((name for name, found in psutil.net_if_addrs().items() if any(item.address == address for item in found)), None)
 
 
 def _node_caches() -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""One attempt of a Ray job: finds room, runs the stages through an agent on each node, and writes the verdict.
+"""One attempt of a Ray job, or of one of its islands: finds room, runs the stages on the nodes, and writes the verdict.
 
 `python -m factory_train.launchers.ray_driver RUN_DIR ATTEMPT SUBMISSION_ID`, started by `ray_entry` on a node of the
-cluster. When it dies, Ray ends its actors, and each ends its ranks.
+cluster, or by the driver of the run for an island. When it dies, Ray ends its actors, and each ends its ranks.
 """
 
 from __future__ import annotations
@@ -9,128 +9,27 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from factory_train import storage, switches
 from factory_train.errors import ExitCode
-from factory_train.launchers.attempt_runner import AttemptRunner, Stop
-from factory_train.launchers.inbox import Inbox
-from factory_train.launchers.job import WorkerEnv
+from factory_train.launchers.inbox import STOP_SIGNALS, Inbox
 from factory_train.launchers.lifeline import end_with_launcher
 from factory_train.launchers.pulse import Pulse
-from factory_train.launchers.ray_gang import Gang, Placement, draining
+from factory_train.launchers.ray_attempt import RayAttempt
+from factory_train.launchers.ray_gang import Placement
+from factory_train.launchers.ray_islands import IslandsAttempt, Places
 from factory_train.run_dir import Attempt, RunDir
 
-_ANSWER_S = 0.2
 
-
-class RayAttempt(AttemptRunner):
-    """Runs one attempt on a gang that has its place.
-
-    Args:
-        attempt: whose orders are in launch/ray.json.
-        job_id: submission id.
-        gang: where its ranks go.
-        inbox: signals arrive here.
-    """
-
-    def __init__(self, attempt: Attempt, job_id: str, gang: Gang, inbox: Inbox) -> None:
-        super().__init__(attempt, storage.read_json(attempt.launch / "ray.json"), inbox, None)
-        self._job_id, self._gang = job_id, gang
-
-    def _place(self) -> dict[str, Any]:
-        members = self._gang.members
-        return {
-            "job_id": self._job_id,
-            "nodes": [member.name for member in members],
-            "node_ids": [member.node_id for member in members],
-            "pid": os.getpid(),
-        }
-
-    def _start(self, stage: str, orders: WorkerEnv) -> None:
-        try:
-            self._gang.start(stage, orders)
-        except ray.exceptions.RayError as error:
-            raise OSError(f"a stage could not be started: {str(error).splitlines()[0]}") from error
-
-    def _poll(self) -> int | None:
-        self._gang.refresh(_ANSWER_S)
-        code = self._gang.result()
-        if code is not None:
-            for member in self._gang.lost:
-                self._blame(member.name, member.lost or "")
-        return code
-
-    def _rest(self, timeout_s: float) -> None:
-        """Asks the agents often, and the filesystem, whose heartbeats are as many as ranks, only once a second."""
-        limit, heard = time.monotonic() + timeout_s, len(self._inbox.received)
-        while (left := limit - time.monotonic()) > 0 and len(self._inbox.received) == heard:
-            self._inbox.wait(min(_ANSWER_S, left))
-            if self._gang.refresh(_ANSWER_S):
-                return
-
-    def _blame(self, node: str, how: str) -> None:
-        """Puts a lost node in the place of what its peers said about it: they saw only that it was gone."""
-        known = self._attempt.error()
-        if known is not None and known.get("lost_node"):
-            return
-        rank = next(index for index, member in enumerate(self._gang.members) if member.name == node) * self._spec["gang"]["tasks_per_node"]
-        self._attempt.record_launch_event("node-lost", node=node, how=how)
-        message = f"node {node} was lost: {how}"
-        hint = "ray status shows the nodes that are left; launcher.elastic.min_nodes lets a run go on with fewer"
-        if known is None:
-            self._record_error("train", rank, node, message, hint)
-            known = self._attempt.error() or {}
-            storage.write_json(self._attempt.error_path, known | {"lost_node": node})
-        else:
-            facts = {"stage": known.get("stage"), "rank": rank, "host": node, "message": message, "hint": hint, "lost_node": node}
-            storage.write_json(self._attempt.error_path, {"time": known["time"], **facts, "traceback": None, "followed_by": known})
-
-    def _stop(self) -> Stop | None:
-        run = self._attempt.run
-        if (stop := super()._stop()) is not None:
-            return stop
-        if switches.is_on(run, switches.STOP):
-            return Stop("INT", "asked to stop")
-        if switches.is_on(run, switches.PREEMPT):
-            return Stop("TERM", "asked to make room")
-        if (member := self._gang.told) is not None:
-            return Stop("TERM", f"node {member.name} was told that it will be taken away")
-        going = draining()
-        for member in self._gang.members:
-            if member.node_id in going:
-                return Stop("TERM", f"node {member.name} is being drained")
-        return None
-
-    def _end(self) -> None:
-        self._gang.end()
-
-    def _tell_ranks(self, name: str) -> None:
-        self._gang.signal(name)
-
-    def _master(self) -> str:
-        return self._gang.members[0].address
-
-    def _host_of(self, rank: int) -> str:
-        node = rank // self._spec["gang"]["tasks_per_node"]
-        return self._gang.members[node].name if node < len(self._gang.members) else "?"
-
-    def _unexplained(self, code: int) -> str:
-        return f"a process ended with code {code} before it could say why"
-
-    def _after(self, *, goes_on: bool) -> None:
-        """Nothing to do: `ray_entry` reads the verdict, and starts the next attempt."""
-
-
-def connect(attempt: Attempt) -> bool:
+def connect(attempt: Attempt, job_id: str) -> bool:
     """Joins the cluster this process was started in; writes the verdict when that cannot be."""
     try:
-        # Ranks have logs of their own; what actors print is Ray's business.
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="WARNING")
+        # Ranks have logs of their own; what actors print is Ray's business. The drivers of a job's islands see its placement groups.
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), namespace=job_id, log_to_driver=False, logging_level="WARNING")
         return True
     except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
         text = " ".join(str(error).split())
@@ -141,31 +40,42 @@ def connect(attempt: Attempt) -> bool:
         return False
 
 
+def place(attempt: Attempt, job_id: str, inbox: Inbox, stopped: Callable[[], bool]) -> RayAttempt | IslandsAttempt | None:
+    """Returns the attempt, ready to run, once it has its place; None when `stopped` says so first."""
+    spec, beat = storage.read_json(attempt.launch / "ray.json"), Pulse(attempt).beat
+    if spec["islands"]:
+        places = Places(attempt, spec)
+        return IslandsAttempt(attempt, job_id, places, inbox) if places.reserve(stopped, beat) else None
+    gang = Placement(attempt, spec).wait(stopped, beat)
+    return RayAttempt(attempt, job_id, gang, inbox) if gang else None
+
+
 def main() -> int:
     """Runs one attempt and returns its exit code."""
     end_with_launcher()
     attempt, job_id = Attempt(RunDir.open(Path(sys.argv[1])), int(sys.argv[2])), sys.argv[3]
-    run = attempt.run
-    if not connect(attempt):
+    # What comes before there is an inbox waits for it: ray.init takes SIGTERM for itself.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if not connect(attempt, job_id):
         return ExitCode.FAILED
-    # After ray.init, which takes SIGTERM for itself.
-    inbox, pulse = Inbox(), Pulse(attempt)
+    inbox = Inbox()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def stopped() -> bool:
         inbox.wait(0)
-        return inbox.stop is not None or switches.is_on(run, switches.STOP) or switches.is_on(run, switches.PREEMPT)
+        return inbox.stop is not None or switches.is_on(attempt.run, switches.STOP) or switches.is_on(attempt.run, switches.PREEMPT)
 
-    gang = Placement(attempt, storage.read_json(attempt.launch / "ray.json")).wait(stopped, pulse.beat)
-    if gang is None:
-        by_person = switches.is_on(run, switches.STOP)
+    runner = place(attempt, job_id, inbox, stopped)
+    if runner is None:
+        by_person = switches.is_on(attempt.run, switches.STOP) or inbox.stop == signal.SIGINT
         outcome, code = ("interrupted", ExitCode.INTERRUPTED) if by_person else ("preempted", ExitCode.PREEMPTED)
         attempt.write_verdict(outcome, code, step=None, reason="stopped while it waited for room in the cluster")
         return code
     try:
-        return RayAttempt(attempt, job_id, gang, inbox).run()
+        return runner.run()
     finally:
-        gang.close()
+        runner.close()
 
 
 def run() -> None:

@@ -64,21 +64,7 @@ def goes_on(attempt: Attempt, inbox: Inbox) -> bool:
     if storage.read_json(attempt.launch / "ray.json")["requeue"] != "requeue":
         attempt.record_launch_event("no-restart", reason="launcher.requeue=never")
         return False
-    return attempts.count_fruitless(run) < attempts.MOST_FRUITLESS and _unbegun(run) < attempts.MOST_FRUITLESS
-
-
-def _unbegun(run: RunDir) -> int:
-    """Returns how many attempts in a row, up to now, ended badly before they had a place."""
-    count = 0
-    for attempt in reversed(run.attempts()):
-        kinds = {event["event"] for event in attempt.events()}
-        verdict = attempt.verdict()
-        if "start" in kinds or verdict is None or verdict.outcome != "failed-transient":
-            break
-        count += 1
-        if "submit" in kinds:
-            break
-    return count
+    return attempts.count_fruitless(run) < attempts.MOST_FRUITLESS and attempts.count_unbegun(run) < attempts.MOST_FRUITLESS
 
 
 def main() -> int:

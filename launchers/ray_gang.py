@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from factory_train import checks, storage
@@ -61,12 +62,12 @@ class Gang:
     """A gang that has its place.
 
     Args:
-        group: holds the resources of all nodes; they were given together.
+        group: holds the resources of all nodes, which were given together; None where they are somebody else's to give back.
         members: in the order of ranks.
         tasks_per_node: ranks of each.
     """
 
-    def __init__(self, group: PlacementGroup, members: list[Member], tasks_per_node: int) -> None:
+    def __init__(self, group: PlacementGroup | None, members: list[Member], tasks_per_node: int) -> None:
         self._group, self.members, self._tasks = group, members, tasks_per_node
         self._active: list[Member] = []
         self._failed_at: float | None = None
@@ -167,7 +168,8 @@ class Gang:
             self.end()
             for member in self.members:
                 ray.kill(member.agent)
-            remove_placement_group(self._group)
+            if self._group is not None:
+                remove_placement_group(self._group)
 
 
 def _settle(calls: Sequence[Any], timeout_s: float = 15.0) -> None:
@@ -181,31 +183,58 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+class Waiting:
+    """Says why a job has no place, to `status` and in its events, once for every change.
+
+    Args:
+        attempt: of the run or of an island.
+        wanted: what it waits for.
+    """
+
+    def __init__(self, attempt: Attempt, wanted: Wanted) -> None:
+        self._attempt, self._wanted, self._said = attempt, wanted, ""
+
+    def goes_on(self, nodes: Sequence[NodeRoom]) -> None:
+        """Notes that there is no place yet on these nodes."""
+        found = ray_room.shortage(self._wanted, nodes)
+        what = found.what if found else f"{self._wanted} are needed: Ray is about to give them"
+        if what != self._said:
+            self._said = what
+            state = {"state": "waiting", "what": what, "fix": found.fix if found else None, "since": time.time()}
+            storage.write_json(self._attempt.launch / PLACEMENT_NAME, state)
+            self._attempt.record_launch_event("waiting", reason=what, fix=state["fix"])
+
+    def is_over(self, nodes: Sequence[str]) -> None:
+        """Notes the names of the nodes that were given."""
+        storage.write_json(self._attempt.launch / PLACEMENT_NAME, {"state": "placed", "nodes": list(nodes), "since": time.time()})
+
+
 class Placement:
     """Finds a place for a gang, with fewer nodes where that is allowed, and says meanwhile why there is none.
 
     Args:
         attempt: whose gang it is.
-        spec: content of launch/ray.json.
+        spec: content of launch/ray.json. The placement group it names, if it does, is tried first: somebody else's, and maybe ready.
     """
 
     def __init__(self, attempt: Attempt, spec: dict[str, Any]) -> None:
         self._attempt, self._spec = attempt, spec
         self._wanted = Wanted(**spec["wanted"])
-        self._said = ""
+        self._waiting = Waiting(attempt, self._wanted)
 
     def wait(self, stopped: Callable[[], bool], beat: Callable[[], None]) -> Gang | None:
         """Returns the gang once it has its place; None when `stopped` says so first."""
         wanted = self._wanted
         began = time.monotonic()
+        reserved = find_group(self._spec.get("group"))
         while not stopped():
-            group = placement_group([wanted.bundle] * wanted.nodes, strategy="STRICT_SPREAD", name=self._attempt.run.name)
+            group = reserved or make_group(wanted, f"{self._attempt.run.name}-{self._attempt.number:04d}-{secrets.token_hex(2)}")
             gang = None
             try:
                 while gang is None and not stopped():
                     beat()
                     if group.wait(timeout_seconds=_TURN_S):
-                        gang = self._staff(group, wanted)
+                        gang = staff(self._attempt, group, wanted, is_own=reserved is None)
                         # Given on a node that had just died: once more, when Ray knows it too.
                         began = time.monotonic()
                         break
@@ -213,49 +242,20 @@ class Placement:
                     # A moment is what placing takes; only then is it waiting.
                     if waited > 2 * _TURN_S:
                         nodes = rooms()
-                        self._say(self._wanted, nodes)
+                        self._waiting.goes_on(nodes)
                         if waited > self._spec["elastic_wait_s"] and (smaller := self._smaller(wanted, nodes)) != wanted:
                             wanted = smaller
                             break
             finally:
                 if gang is None:
                     remove_placement_group(group)
+            reserved = None
             if gang is not None:
-                self._note_placed(gang, wanted)
+                self._waiting.is_over([member.name for member in gang.members])
+                if wanted != self._wanted:
+                    self._attempt.record_launch_event("elastic", nodes=wanted.nodes, wanted=self._wanted.nodes)
                 return gang
         return None
-
-    def _staff(self, group: PlacementGroup, wanted: Wanted) -> Gang | None:
-        """Starts an agent in each bundle; None when one does not answer, and then none is left."""
-        kind = ray.remote(NodeAgent)
-        run_dir, number = str(self._attempt.run.path), self._attempt.number
-        agents = [
-            kind.options(
-                num_cpus=wanted.bundle["CPU"],
-                num_gpus=wanted.bundle.get("GPU", 0),
-                max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            ).remote(run_dir, number)
-            for index in range(wanted.nodes)
-        ]
-        try:
-            said = ray.get([agent.hello.remote() for agent in agents], timeout=_HELLO_S)
-        except ray.exceptions.RayError as error:
-            self._attempt.record_launch_event("not-staffed", reason=_first_line(error))
-            for agent in agents:
-                ray.kill(agent)
-            return None
-        hosts = [facts["host"] for facts in said]
-        members = [
-            Member(
-                agent=agent,
-                name=facts["host"] if hosts.count(facts["host"]) == 1 else f"{facts['host']}/{facts['node_id'][:8]}",
-                address=facts["address"],
-                node_id=facts["node_id"],
-            )
-            for agent, facts in zip(agents, said, strict=True)
-        ]
-        return Gang(group, members, wanted.tasks_per_node)
 
     def _smaller(self, wanted: Wanted, nodes: Sequence[NodeRoom]) -> Wanted:
         """Returns the most nodes that have room now and that the run may go on with; `wanted` when there are none."""
@@ -268,20 +268,70 @@ class Placement:
             return wanted.on_nodes(count)
         return wanted
 
-    def _say(self, wanted: Wanted, nodes: Sequence[NodeRoom]) -> None:
-        found = ray_room.shortage(wanted, nodes)
-        what = found.what if found else f"{wanted} are needed: Ray is about to give them"
-        if what != self._said:
-            self._said = what
-            state = {"state": "waiting", "what": what, "fix": found.fix if found else None, "since": time.time()}
-            storage.write_json(self._attempt.launch / PLACEMENT_NAME, state)
-            self._attempt.record_launch_event("waiting", reason=what, fix=state["fix"])
 
-    def _note_placed(self, gang: Gang, wanted: Wanted) -> None:
-        names = [member.name for member in gang.members]
-        storage.write_json(self._attempt.launch / PLACEMENT_NAME, {"state": "placed", "nodes": names, "since": time.time()})
-        if wanted != self._wanted:
-            self._attempt.record_launch_event("elastic", nodes=wanted.nodes, wanted=self._wanted.nodes)
+def make_group(wanted: Wanted, name: str) -> PlacementGroup:
+    """Returns a placement group of one gang, which has its place or will have it: a bundle a node, each on another node.
+
+    Args:
+        name: of no other group in the job.
+    """
+    return placement_group([wanted.bundle] * wanted.nodes, strategy="STRICT_SPREAD", name=name)
+
+
+def find_group(name: str | None) -> PlacementGroup | None:
+    """Returns a placement group that another driver of the job has made; None where there is none of that name."""
+    if name is None:
+        return None
+    try:
+        return get_placement_group(name)
+    except ValueError:
+        return None
+
+
+def staff(attempt: Attempt, group: PlacementGroup, wanted: Wanted, *, is_own: bool) -> Gang | None:
+    """Starts an agent in each of the first bundles of a group; None when one does not answer, and then none is left.
+
+    Args:
+        wanted: how many, and what each takes.
+        is_own: whether the gang gives the group back when it is closed.
+    """
+    kind = ray.remote(NodeAgent)
+    run_dir, number = str(attempt.run.path), attempt.number
+    bundle = wanted.bundle
+    agents = [
+        kind.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            memory=bundle.get("memory"),
+            resources=dict(wanted.resources),
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        ).remote(run_dir, number)
+        for index in range(wanted.nodes)
+    ]
+    try:
+        said = ray.get([agent.hello.remote() for agent in agents], timeout=_HELLO_S)
+    except ray.exceptions.RayError as error:
+        attempt.record_launch_event("not-staffed", reason=_first_line(error))
+        for agent in agents:
+            ray.kill(agent)
+        return None
+    names = distinct([(facts["host"], facts["node_id"]) for facts in said])
+    members = [
+        Member(agent=agent, name=name, address=facts["address"], node_id=facts["node_id"])
+        for agent, name, facts in zip(agents, names, said, strict=True)
+    ]
+    return Gang(group if is_own else None, members, wanted.tasks_per_node)
+
+
+def distinct(nodes: Sequence[tuple[str, str]]) -> list[str]:
+    """Returns names of nodes for people: the host, and Ray's id behind it where a host has several of them.
+
+    Args:
+        nodes: host and id of each.
+    """
+    hosts = [host for host, _ in nodes]
+    return [host if hosts.count(host) == 1 else f"{host}/{node_id[:8]}" for host, node_id in nodes]
 
 
 def rooms() -> list[NodeRoom]:

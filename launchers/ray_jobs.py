@@ -13,18 +13,18 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import factory_train
 from factory_train import storage, switches
-from factory_train.config import LauncherConfig
 from factory_train.errors import ConfigError, ExitCode, PreflightError, UnavailableError
-from factory_train.launchers import ray_api, ray_own, ray_room
-from factory_train.launchers.job import STAGES, Gang, JobSpec, failed_first
+from factory_train.gangs import island_run
+from factory_train.launchers import ray_api, ray_own
+from factory_train.launchers.job import MAIN_GANG, STAGES, JobSpec, failed_first
 from factory_train.launchers.ray_api import RayApi
-from factory_train.launchers.ray_room import Wanted
+from factory_train.launchers.ray_options import OWN, check, check_room, wanted
 from factory_train.launchers.scheduler_handle import SchedulerHandle
 from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt
 
@@ -34,7 +34,6 @@ _PATIENCE_S = 60.0
 SPEC_NAME = "ray.json"
 # Written by the job while it waits for room: {"state": "waiting" | "placed", "what": ..., "fix": ...}.
 PLACEMENT_NAME = "placement.json"
-OWN = "local"
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,9 @@ class RayHandle(SchedulerHandle):
 
     def logs(self) -> list[Path]:
         newest = self.attempt.run.last_attempt() or self.attempt
-        paths = sorted((newest.path / "logs").glob("*.log")) + sorted(newest.launch.glob("*.log"))
+        islands = [island_run(newest.run, gang["name"]) for gang in self.job["gangs"] if gang["name"] != MAIN_GANG]
+        homes = [home for island in islands if island.path.is_dir() and (home := island.last_attempt())]
+        paths = [path for home in (newest, *homes) for folder in (home.path / "logs", home.launch) for path in sorted(folder.glob("*.log"))]
         return failed_first(paths, newest)
 
     def signal(self, signum: int) -> None:
@@ -191,7 +192,7 @@ class RayLauncher:
             PolicyError: it wants a token that is not there.
             UnavailableError: it does not answer.
         """
-        wanted_address, spec = check(job.options), self._spec(job)
+        wanted_address, spec = check(job.options, islands=_has_islands(job)), self._spec(job)
         own = ray_own.ensure() if wanted_address == OWN else None
         address = own.address if own else wanted_address
         api = RayApi.connect(address, own.token_path if own else None)
@@ -199,7 +200,7 @@ class RayLauncher:
             api.check_version()
         if api.token is None:
             print(f"warning: {ray_api.OPEN_WARNING.format(address=address)}", file=sys.stderr)
-        check_room(api, wanted(job.gangs, job.options), job.options)
+        check_room(api, replace(wanted(job.gangs, job.options), gangs=spec["fewest"]), job.options)
         attempt = job.attempt
         submission_id = f"{attempt.run.name}-{attempt.number:04d}-{secrets.token_hex(3)}"
         handle = RayHandle(self._job_json(job, api, submission_id, own), api)
@@ -216,14 +217,16 @@ class RayLauncher:
         return RayHandle(handle)
 
     def describe(self, job: JobSpec) -> str:
-        address, need = check(job.options), wanted(job.gangs, job.options)
+        address, need = check(job.options, islands=_has_islands(job)), wanted(job.gangs, job.options)
         where = "a cluster of our own on this machine" if address == OWN else address
         lines = [f"ray: POST {where}/api/jobs/" if "://" in where else f"ray: a job of {where}", "", f"  {self._entrypoint(job, 'ID')}", ""]
         lines += [f"  {name}={value}" for name, value in self._environ(job).items()]
-        lines.append(f"  placed     {need}, each node's share whole, on nodes of its own")
+        where = "the nodes of an island apart" if _has_islands(job) else "on nodes of its own"
+        lines.append(f"  placed     {need}, each node's share whole, {where}")
         for stage in job.stages:
             size = job.gangs[0].world_size if stage == "train" else 1
-            lines.append(f"  {stage:<9}  {size} process{'es' if size > 1 else ''}: python -m {self.worker_module} {stage}")
+            each = f" on each of {len(job.gangs)} islands" if stage == "train" and _has_islands(job) else ""
+            lines.append(f"  {stage:<9}  {size} process{'es' if size > 1 else ''}{each}: python -m {self.worker_module} {stage}")
         return "\n".join(lines)
 
     def _code(self, job: JobSpec) -> Path:
@@ -255,15 +258,18 @@ class RayLauncher:
 
     def _spec(self, job: JobSpec) -> dict[str, Any]:
         """Returns what the job needs to know, and later attempts of it."""
-        if len(job.gangs) != 1:
-            raise ConfigError("a Ray job runs one gang, and this recipe has islands", where="launcher.name", fix="launcher=local")
         if job.depends_on:
             raise ConfigError("jobs of a Ray cluster wait for no other", where="launcher.name")
         assert set(job.stages) <= set(STAGES), job.stages
-        (gang,), options = job.gangs, job.options
+        gang, options, several = job.gangs[0], job.options, _has_islands(job)
+        # A run that has begun goes on with as few islands as may train; the others come when there is room.
+        fewest = job.attempt.config().diloco.quorum if several and job.attempt.number > 1 else len(job.gangs)
         return {
             "format_version": 1,
             "gang": asdict(gang),
+            "islands": [asdict(island) for island in job.gangs] if several else [],
+            "fewest": fewest,
+            "meets_others": False,
             "wanted": asdict(wanted(job.gangs, options)),
             "min_nodes": options.elastic.min_nodes or gang.nodes,
             "elastic_wait_s": options.elastic.wait_s,
@@ -299,46 +305,5 @@ class RayLauncher:
         }
 
 
-def wanted(gangs: tuple[Gang, ...], options: LauncherConfig) -> Wanted:
-    """Returns what the gang of a job needs of the cluster."""
-    return Wanted(gangs[0].nodes, gangs[0].tasks_per_node, options.cpus_per_task or 1, options.gpus_per_node or 0)
-
-
-def check(options: LauncherConfig) -> str:
-    """Checks what can be wrong about the Ray keys before a cluster is asked; returns the address that is meant, "local" for our own.
-
-    Raises:
-        ConfigError: keys that contradict each other, that only Slurm knows, or no address.
-    """
-    least = options.elastic.min_nodes
-    if least is not None and not 1 <= least <= options.nodes:
-        raise ConfigError(
-            f"{least} is not between 1 and launcher.nodes={options.nodes}",
-            where="launcher.elastic.min_nodes",
-            fix="launcher.elastic.min_nodes=1",
-        )
-    if options.address == OWN and options.nodes != 1:
-        raise ConfigError(
-            f"{options.nodes} nodes, and a cluster of our own has this machine only", where="launcher.nodes", fix="launcher.nodes=1"
-        )
-    if options.requeue == "chain":
-        raise ConfigError("a Ray job restarts by itself and needs no chain", where="launcher.requeue", fix="launcher.requeue=requeue")
-    for key in ("then", "container"):
-        if getattr(options, key):
-            raise ConfigError(
-                "the Ray launcher does not know it", where=f"launcher.{key}", fix=f"leave launcher.{key} out, or launcher=slurm"
-            )
-    return OWN if options.address == OWN else ray_api.dashboard_address(options.address)
-
-
-def check_room(api: RayApi, need: Wanted, options: LauncherConfig) -> None:
-    """Checks that the cluster as it stands could hold the job, were it alone there.
-
-    Raises:
-        PreflightError: it could not, and how to shrink it.
-    """
-    nodes = api.nodes()
-    least = need.on_nodes(options.elastic.min_nodes or need.nodes)
-    found = ray_room.shortage(least, nodes)
-    if found is not None:
-        raise PreflightError(found.what, where=api.address, fix=found.fix or "add nodes to the cluster")
+def _has_islands(job: JobSpec) -> bool:
+    return job.gangs[0].name != MAIN_GANG

@@ -23,10 +23,10 @@ from scripted_end import Quiet, dies_after_a_look
 from factory_train import storage, switches
 from factory_train.config import ElasticConfig, LauncherConfig
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
-from factory_train.launchers import ray_api, ray_entry, ray_jobs, ray_own, ray_room
+from factory_train.launchers import ray_api, ray_entry, ray_jobs, ray_options, ray_own, ray_room
 from factory_train.launchers.by_name import is_alive
 from factory_train.launchers.child import Child
-from factory_train.launchers.job import WorkerEnv
+from factory_train.launchers.job import Gang, WorkerEnv
 from factory_train.launchers.ray_agent import NodeAgent
 from factory_train.launchers.ray_api import RayApi
 from factory_train.launchers.ray_jobs import RayHandle
@@ -208,9 +208,12 @@ def test_no_address_is_refused_with_all_ways_to_name_one() -> None:
     assert "launcher.address=local" in str(refused.value.fix)
 
 
-def room(cpus: float, gpus: float = 0, free: float | None = None) -> NodeRoom:
-    total = {"CPU": cpus, "GPU": gpus}
-    return NodeRoom("node", total, None if free is None else {"CPU": free, "GPU": gpus})
+def room(cpus: float, gpus: float = 0, free: float | None = None, **more: float) -> NodeRoom:
+    total = {"CPU": cpus, "GPU": gpus, **more}
+    return NodeRoom("node", total, None if free is None else {**total, "CPU": free})
+
+
+GIB = 2**30
 
 
 @pytest.mark.parametrize(
@@ -222,6 +225,25 @@ def room(cpus: float, gpus: float = 0, free: float | None = None) -> NodeRoom:
         (Wanted(1, 1, 8, 0), [room(4)], "1 node with 8 CPU are needed", "launcher.cpus_per_task=FEWER"),
         (Wanted(1, 1, 1, 0), [], "no node that takes work", None),
         (Wanted(2, 2, 1, 0), [room(4, free=4), room(4, free=1)], "2 are large enough, 1 of them free: it waits", None),
+        (
+            Wanted(2, 2, 1, 0, 64 * GIB),
+            [room(4, memory=16.5 * GIB), room(4, memory=80 * GIB)],
+            "2 nodes with 2 CPU and 64 GiB of memory each are needed, and the cluster has 2 nodes, the largest with 4 CPU and 80 GiB",
+            "launcher.nodes=1 or launcher.memory=16G",
+        ),
+        (Wanted(1, 2, 1, 0, 0, {"disk": 1.0}), [room(4)], "the largest with 4 CPU and 0 disk", "launcher.resources={}"),
+        (
+            Wanted(1, 2, 1, 0, gangs=3),
+            [room(4), room(2, free=0)],
+            "3 islands of 1 node with 2 CPU are needed; they are not free together: it waits",
+            None,
+        ),
+        (
+            Wanted(2, 2, 1, 0, gangs=3),
+            [room(2)] * 5,
+            "the cluster has 5 nodes",
+            "diloco.islands=2 or launcher.nodes=1 or launcher.tasks_per_node=1",
+        ),
     ],
 )
 def test_a_gang_without_a_place_says_what_is_there_and_what_would_fit(
@@ -238,6 +260,26 @@ def test_a_gang_that_fits_has_no_shortage_and_one_node_never_gives_two_shares() 
     assert ray_room.shortage(Wanted(2, 2, 1, 0), [room(4)]) is not None
 
 
+def test_islands_share_nodes_and_the_nodes_of_one_are_different() -> None:
+    assert ray_room.shortage(Wanted(1, 2, 1, 0, gangs=2), [room(4)]) is None
+    assert ray_room.shortage(Wanted(2, 2, 1, 0, gangs=2), [room(4), room(4)]) is None
+    # Room for four bundles, and two of them are on one node.
+    assert ray_room.num_gangs(Wanted(2, 2, 1, 0, gangs=2), [room(6), room(2)]) == 1
+    assert ray_room.num_gangs(Wanted(2, 2, 1, 0, gangs=2), [room(4), room(2), room(2)]) == 2
+
+
+def test_memory_and_resources_of_the_site_are_part_of_every_nodes_share() -> None:
+    options = LauncherConfig(memory="1.5", tasks_per_node=2, cpus_per_task=3)
+    with pytest.raises(ConfigError, match="no amount of memory"):
+        ray_options.wanted((Gang("main", 2, 2),), options)
+    for text, size in (("64G", 64 * GIB), ("512", 512 * 2**20), ("2tb", 2 * 2**40)):
+        options = LauncherConfig(memory=text, cpus_per_task=3, gpus_per_node=4, resources={"disk": 0.5})
+        wanted = ray_options.wanted((Gang("main", 2, 2),), options)
+        assert wanted.bundle == {"CPU": 6.0, "GPU": 4.0, "memory": float(size), "disk": 0.5}
+    islands = ray_options.wanted((Gang("island-0", 1, 2), Gang("island-1", 1, 2)), LauncherConfig())
+    assert (islands.gangs, islands.bundle) == (2, {"CPU": 2.0})
+
+
 @pytest.mark.parametrize(
     ("options", "key"),
     [
@@ -246,13 +288,25 @@ def test_a_gang_that_fits_has_no_shortage_and_one_node_never_gives_two_shares() 
         (LauncherConfig(requeue="chain"), "launcher.requeue"),
         (LauncherConfig(then=["export"]), "launcher.then"),
         (LauncherConfig(container="image"), "launcher.container"),
+        (LauncherConfig(memory="0"), "launcher.memory"),
+        (LauncherConfig(memory="much"), "launcher.memory"),
+        (LauncherConfig(resources={"GPU": 1.0}), "launcher.resources"),
+        (LauncherConfig(resources={"disk": 1.5}), "launcher.resources"),
     ],
 )
 def test_ray_keys_that_cannot_be_right_are_refused(options: LauncherConfig, key: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        ray_jobs.check(options)
+        ray_options.check(options)
     assert refused.value.where == key
     assert refused.value.fix
+
+
+def test_islands_keep_their_size() -> None:
+    options = LauncherConfig(nodes=2, address="http://head:8265", elastic=ElasticConfig(min_nodes=1))
+    assert ray_options.check(options) == "http://head:8265"
+    with pytest.raises(ConfigError, match=r"down to diloco\.quorum") as refused:
+        ray_options.check(options, islands=True)
+    assert refused.value.where == "launcher.elastic.min_nodes"
 
 
 QUIET: Any = Quiet()
@@ -260,7 +314,8 @@ QUIET: Any = Quiet()
 
 def begun(tmp_path: Path, address: str = "http://127.0.0.1:9", **spec: Any) -> Attempt:
     attempt = new_run(tmp_path)
-    storage.write_json(attempt.launch / "ray.json", {"requeue": "requeue", "fabric": "loopback", "interface": None, "environ": {}} | spec)
+    orders = {"requeue": "requeue", "fabric": "loopback", "interface": None, "environ": {}, "meets_others": False}
+    storage.write_json(attempt.launch / "ray.json", orders | spec)
     job = {"launcher": "ray", "job_id": "j", "job_ids": ["j"], "address": address, "token_path": None, "attempt": 1}
     storage.write_json(attempt.job_path, job | {"run_dir": str(attempt.run.path)})
     return attempt

@@ -9,7 +9,7 @@ from typing import Any
 
 from factory_train.config import Config, LauncherConfig
 from factory_train.errors import ConfigError, PreflightError
-from factory_train.launchers import ray_jobs, slurm_queue, slurm_script
+from factory_train.launchers import ray_options, slurm_queue, slurm_script
 from factory_train.launchers.allocation import check_started_once, fill_in, find_allocation
 
 
@@ -27,7 +27,7 @@ def with_launcher(config: Config) -> tuple[Config, str]:
     options = replace(config.launcher, name=name)
     if name == "ray":
         # Resolved, so that `resume` in a shell of another environment finds the cluster.
-        options = replace(options, address=ray_jobs.check(options))
+        options = replace(options, address=ray_options.check(options, islands=config.diloco.islands > 0))
     if name == "allocation":
         options = replace(options, **_of_allocation(options, config.diloco.islands))
     wait = name in ("local", "allocation") if config.wait is None else config.wait

@@ -19,9 +19,9 @@ from factory_train.commands.run_words import add_words, split_words
 from factory_train.console import DATA_WAIT_STEPS, DataWait, failure_lines
 from factory_train.distributed.board import LEFT, FolderBoard
 from factory_train.errors import ConfigError, FactoryTrainError
-from factory_train.gangs import exchange_folder, has_islands
+from factory_train.gangs import exchange_folder, has_islands, islands_of
 from factory_train.launchers.by_name import is_alive, scheduled
-from factory_train.launchers.ray_jobs import RayJob
+from factory_train.launchers.ray_jobs import PLACEMENT_NAME, RayJob
 from factory_train.launchers.slurm import SlurmHandle
 from factory_train.launchers.slurm_queue import QueuedJob
 from factory_train.run_dir import HEARTBEAT_STALE_S, Attempt, RunDir
@@ -137,10 +137,24 @@ def _islands(run: RunDir) -> str | None:
         return None
     board = FolderBoard(exchange_folder(run))
     epoch, texts = board.epoch(), []
-    for name, beat in board.beats().items():
-        is_member = epoch is not None and epoch.has(name, beat.incarnation) and beat.state != LEFT
-        texts.append(f"{name} at step {beat.step}" if is_member else f"{name} {beat.state} at step {beat.step}")
+    beats = board.beats()
+    for island in islands_of(run):
+        name, beat = island.name, beats.get(island.name)
+        if (why := _waits_for(island)) is not None:
+            texts.append(f"{name} waits ({why})")
+        elif beat is not None:
+            is_member = epoch is not None and epoch.has(name, beat.incarnation) and beat.state != LEFT
+            texts.append(f"{name} at step {beat.step}" if is_member else f"{name} {beat.state} at step {beat.step}")
     return ", ".join(texts) + (f"; epoch {epoch.number}: {epoch.why}" if epoch else "")
+
+
+def _waits_for(island: RunDir) -> str | None:
+    """Returns what an island lacks that has no place in a Ray cluster; None where it has one, or needs none."""
+    attempt = island.last_attempt()
+    if attempt is None or attempt.verdict() is not None:
+        return None
+    found = storage.read_json(attempt.launch / PLACEMENT_NAME)
+    return found["what"] if found and found["state"] == "waiting" else None
 
 
 def _data_wait(attempt: Attempt) -> float | None:

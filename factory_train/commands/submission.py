@@ -20,7 +20,7 @@ from factory_train.data.source import check_source
 from factory_train.errors import ConfigError, NotFoundError, PreflightError
 from factory_train.gangs import exchange_folder, local_islands
 from factory_train.hardware import Hardware, detect
-from factory_train.launchers import ray_jobs, slurm_array
+from factory_train.launchers import ray_options, slurm_array
 from factory_train.launchers.by_name import is_alive, launcher_named
 from factory_train.launchers.job import MAIN_GANG, Gang, JobHandle, JobSpec
 from factory_train.launchers.slurm import SlurmLauncher
@@ -66,7 +66,7 @@ class Request:
         """
         config = self.config
         # Compute nodes never open a database file: a local one is fed by `sync`, where the person is.
-        here = config.launcher.name == "local" or (config.launcher.name == "ray" and config.launcher.address == ray_jobs.OWN)
+        here = config.launcher.name == "local" or (config.launcher.name == "ray" and config.launcher.address == ray_options.OWN)
         tracker = config.tracking.backend != "none" and (here or "://" in (config.tracking.uri or "sqlite"))
         names = local_islands(config) or (MAIN_GANG,)
         data = [Path(config.data.path)] if config.data.path else []
@@ -129,17 +129,7 @@ def check_request(config: Config, argv: Sequence[str], *, run: RunDir | None = N
 
 
 def _for_islands(config: Config, cache: Path) -> Config:
-    """Returns the configuration with what islands cannot find out by themselves.
-
-    Raises:
-        ConfigError: this launcher starts no islands.
-    """
-    if config.launcher.name not in ("local", "slurm", "allocation"):
-        raise ConfigError(
-            f"the {config.launcher.name} launcher starts one world of ranks, not {config.diloco.islands} islands",
-            where="diloco.islands",
-            fix="launcher=local for islands on this machine, launcher=slurm, or diloco=none",
-        )
+    """Returns the configuration with what islands cannot find out by themselves."""
     # An island's directory lies deeper, and the default is relative to the run's.
     return replace(config, data=replace(config.data, cache_dir=str(cache.absolute())))
 

@@ -21,8 +21,11 @@ from conftest import REPOSITORY
 from scripted_end import Quiet, dies_after_a_look
 
 from factory_train import storage, switches
+from factory_train.commands.status import run_status
 from factory_train.config import ElasticConfig, LauncherConfig
+from factory_train.distributed.board import Beat, FolderBoard
 from factory_train.errors import ConfigError, FactoryTrainError, PolicyError, PreflightError, UnavailableError
+from factory_train.gangs import exchange_folder, new_island_attempt
 from factory_train.launchers import ray_api, ray_entry, ray_jobs, ray_options, ray_own, ray_room
 from factory_train.launchers.by_name import is_alive
 from factory_train.launchers.child import Child
@@ -336,6 +339,16 @@ def test_a_job_that_waits_says_why_and_how_to_shrink_it(dashboard: str, tmp_path
     job = handle_of(attempt).queued()
     assert job is not None
     assert (job.status, job.nodes) == ("running", "a, b")
+
+
+def test_status_says_what_an_island_without_a_place_lacks(tmp_path: Path) -> None:
+    attempt = begun(tmp_path)
+    island = new_island_attempt(attempt.run, "island-0", attempt.config())
+    storage.write_json(island.launch / ray_jobs.PLACEMENT_NAME, {"state": "waiting", "what": "1 node with 2 CPU are needed", "fix": None})
+    assert run_status(attempt.run).islands == "island-0 waits (1 node with 2 CPU are needed)"
+    storage.write_json(island.launch / ray_jobs.PLACEMENT_NAME, {"state": "placed", "nodes": ["a"]})
+    FolderBoard(exchange_folder(attempt.run)).write_beat(Beat("island-0", 1, step=7))
+    assert run_status(attempt.run).islands == "island-0 joining at step 7"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import command
 import pytest
+from mlflow_runs import check_one_run
 from ray_cluster import GANG, PATIENCE_S, Cluster, environ_of, nothing_is_left, processes, start_event, submit
 from slurm_cluster import QUICK, ended, losses, reached, resumed_at, text_file, until
 
@@ -124,4 +125,5 @@ def test_a_lost_node_costs_at_most_one_save_interval_and_fewer_nodes_go_on(clust
     assert len(start_event(run, 2)["node_ids"]) == 1
     assert (verdict.step or 0) - resumed_at(run, 2) <= 20 + 1
     assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-5)
+    check_one_run(run, folder, 60)
     nothing_is_left(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import command
 import psutil
 import pytest
 from island_runs import check_agreement, check_same, is_member, num_attempts, step_of, told_by_all
+from mlflow_runs import check_one_run
 from ray_cluster import Cluster, kill, nothing_is_left, processes, start_event
 from slurm_cluster import QUICK, ended, text_file, until
 
@@ -94,26 +94,7 @@ def concluded(run: RunDir, folder: Path) -> None:
     check_agreement(run, last)
     assert [path.name for path in run.evaluation.glob("*.json")] == [f"step-{last:08d}.json"]
     gone(run)
-    is_one_run_in_mlflow(run, folder, last)
-
-
-def is_one_run_in_mlflow(run: RunDir, folder: Path, last: int) -> None:
-    from mlflow import MlflowClient
-
-    for _ in range(2):
-        sent = command.run("sync", run.name, cwd=folder)
-        assert sent.returncode == 0, sent.stdout + sent.stderr
-    told = json.loads((run.path / "tracking.json").read_text())
-    assert told["registered_version"]
-    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("factory_train")
-    found = client.search_runs([experiment.experiment_id], f"tags.`factory_train.run` = '{run.name}'")
-    assert [item.info.run_id for item in found] == [told["mlflow_run_id"]]
-    versions = [item for item in client.search_model_versions() if item.run_id == told["mlflow_run_id"]]
-    assert len(versions) == 1
-    steps = [item.step for item in client.get_metric_history(told["mlflow_run_id"], "train/loss")]
-    assert steps == sorted(set(steps))
-    assert steps[-1] == last
+    check_one_run(run, folder, last)
 
 
 def a_worker(run: RunDir, cluster: Cluster) -> None:

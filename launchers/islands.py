@@ -5,6 +5,7 @@ What starts an island is the launcher's own: `island_supervisors` does it with a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 from factory_train import switches
 from factory_train.errors import ExitCode
 from factory_train.gangs import island_run, new_island_attempt
-from factory_train.launchers import attempts
+from factory_train.launchers import attempts, autopsy
 from factory_train.launchers.child import signal_name
 from factory_train.launchers.pulse import Pulse
 from factory_train.launchers.rendezvous import serving
@@ -191,10 +192,14 @@ class Islands:
         assert island.started is not None
         assert island.attempt is not None
         self._starter.end([island.started])
+        reason = f"its launcher {island.started.death()}"
+        if island.attempt.verdict() is None:
+            with contextlib.suppress(OSError):
+                island.attempt.write_verdict("failed-transient", ExitCode.FAILED, step=autopsy.last_step(island.attempt), reason=reason)
         verdict = island.attempt.verdict()
         outcome = verdict.outcome if verdict else "failed-transient"
         island.exit_code = verdict.exit_code if verdict else ExitCode.FAILED
-        island.reason = verdict.reason if verdict else f"its launcher {island.started.death()}"
+        island.reason = verdict.reason if verdict else reason
         self._note("island-ended", island=island.name, attempt=island.attempt.number, outcome=outcome, reason=island.reason)
         stopped = outcome in ("done", "preempted", "interrupted")
         # One that was told to go, while the others were not, saved and comes back.

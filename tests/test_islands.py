@@ -14,7 +14,7 @@ from checkpoint_cases import new_run
 from factory_train.gangs import island_names
 from factory_train.launchers.islands import Island, Islands, Running
 from factory_train.launchers.pulse import Pulse
-from factory_train.run_dir import Attempt
+from factory_train.run_dir import Attempt, RunDir
 
 CODES = {"done": 0, "preempted": 75, "interrupted": 130, "failed-transient": 1, "failed-user": 2}
 
@@ -30,7 +30,7 @@ class Started:
     @property
     def running(self) -> bool:
         self.looks -= 1
-        if self.looks == 0:
+        if self.looks == 0 and self.outcome in CODES:
             self.attempt.write_verdict(self.outcome, CODES[self.outcome], step=None, reason="so it was")
         return self.looks > 0
 
@@ -86,6 +86,15 @@ def test_an_island_that_fails_or_is_told_to_go_comes_back_while_the_other_goes_o
     script = Script([[(3, outcome), (3, "done")], [(20, "done")]])
     assert run(tmp_path, script) == ("done", 0, "")
     assert script.started == ["island-0", "island-1", "island-0"]
+
+
+def test_an_island_whose_launcher_died_without_a_word_gets_its_verdict_here(tmp_path: Path) -> None:
+    script = Script([[(3, "no word"), (3, "done")], [(20, "done")]])
+    assert run(tmp_path, script)[0] == "done"
+    (island,) = tmp_path.rglob("island-0")
+    first = RunDir.open(island).attempts()[0].verdict()
+    assert first is not None
+    assert (first.outcome, first.reason) == ("failed-transient", "its launcher exited with code 1")
 
 
 def test_what_is_asked_of_all_is_the_end_of_all(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class Places:
         held_since: float | None = None
         while not stopped():
             beat()
-            ready = [name for name, (_, group) in self._groups.items() if group.wait(timeout_seconds=_TURN_S / len(self._groups))]
+            ready = [name for name, (_, group) in self._groups.items() if placement_group_table(group).get("state") == "CREATED"]
             now = time.monotonic()
             if len(ready) == len(self._groups) or (now - began > self._spec["elastic_wait_s"] and len(ready) >= self._spec["fewest"]):
                 for name in set(self._groups) - set(ready):
@@ -76,6 +76,7 @@ class Places:
             held_since = held_since or now if ready else None
             if held_since is not None and now - held_since > _HOLD_S:
                 return False
+            time.sleep(_TURN_S)
         return False
 
     def _rest(self, seconds: float, stopped: Callable[[], bool], beat: Callable[[], None]) -> None:

@@ -263,7 +263,7 @@ class RayLauncher:
         assert set(job.stages) <= set(STAGES), job.stages
         gang, options, several = job.gangs[0], job.options, _has_islands(job)
         # A run that has begun goes on with as few islands as may train; the others come when there is room.
-        fewest = job.attempt.config().diloco.quorum if several and job.attempt.number > 1 else len(job.gangs)
+        fewest = min(job.attempt.config().diloco.quorum, len(job.gangs)) if several and job.attempt.number > 1 else len(job.gangs)
         return {
             "format_version": 1,
             "gang": asdict(gang),

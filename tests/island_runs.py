@@ -42,7 +42,7 @@ def check_agreement(run: RunDir, step: int) -> None:
 
 def step_of(run: RunDir, island: str) -> int:
     """Returns the step an island said that it is at."""
-    beat = FolderBoard.reading(exchange_folder(run)).beats().get(island)
+    beat = FolderBoard(exchange_folder(run)).beats().get(island)
     return beat.step if beat else 0
 
 
@@ -54,7 +54,7 @@ def num_attempts(run: RunDir, island: str) -> int:
 
 def is_member(run: RunDir, island: str) -> bool:
     """Returns whether the newest attempt of an island takes part."""
-    board = FolderBoard.reading(exchange_folder(run))
+    board = FolderBoard(exchange_folder(run))
     epoch, beat = board.epoch(), board.beats().get(island)
     return epoch is not None and beat is not None and epoch.has(island, num_attempts(run, island)) and beat.epoch == epoch.number
 

@@ -137,12 +137,13 @@ def _islands(run: RunDir) -> str | None:
         return None
     board = FolderBoard(exchange_folder(run))
     epoch, texts = board.epoch(), []
+    waiting = {island.name: why for island in islands_of(run) if (why := _waits_for(island)) is not None}
     beats = board.beats()
-    for island in islands_of(run):
-        name, beat = island.name, beats.get(island.name)
-        if (why := _waits_for(island)) is not None:
-            texts.append(f"{name} waits ({why})")
-        elif beat is not None:
+    for name in sorted(waiting.keys() | beats.keys()):
+        if name in waiting:
+            texts.append(f"{name} waits ({waiting[name]})")
+        else:
+            beat = beats[name]
             is_member = epoch is not None and epoch.has(name, beat.incarnation) and beat.state != LEFT
             texts.append(f"{name} at step {beat.step}" if is_member else f"{name} {beat.state} at step {beat.step}")
     return ", ".join(texts) + (f"; epoch {epoch.number}: {epoch.why}" if epoch else "")

@@ -135,7 +135,7 @@ class Comparison:
 def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help=f"a multiple of {2 * H}: torchft does not synchronise once more at the end")
+    parser.add_argument("--steps", type=int, default=1500, help=f"a multiple of {H}: torchft does not synchronise once more at the end")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="*", choices=list(WORDS), default=list(WORDS), help="these and data-parallel")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 import command
 import pytest
 import slurm_cluster
-from slurm_cluster import text_file, told, until
+from island_runs import check_agreement, check_same, is_member, num_attempts, step_of, told_by_all
+from slurm_cluster import text_file, until
 
 from factory_train.checkpoint.catalog import list_checkpoints
-from factory_train.checkpoint.compare import compare
-from factory_train.checkpoint.reader import CheckpointReader
-from factory_train.distributed.board import FolderBoard
-from factory_train.gangs import exchange_folder, island_run
+from factory_train.gangs import island_run
 from factory_train.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -64,60 +62,13 @@ def submit(folder: Path, name: str, *words: str) -> RunDir:
     return RunDir.open(folder / "runs" / f"llama_diloco-{name}")
 
 
-def told_by_all(run: RunDir) -> str:
-    """Returns what a failed wait should show."""
-    homes = [run, *(island_run(run, island) for island in ISLANDS)]
-    return "\n".join(told(home) for home in homes if home.path.is_dir())
-
-
 def done(run: RunDir, timeout_s: float = 300.0) -> None:
     until(lambda: (verdict := run.attempts()[-1].verdict()) and verdict.outcome == "done", timeout_s, lambda: told_by_all(run))
-
-
-def curve(run: RunDir, island: str) -> dict[int, tuple[float, int]]:
-    """Returns loss and samples of an island, step by step."""
-    return {row["step"]: (row["loss"], row["data_hash"]) for row in island_run(run, island).metrics() if row["kind"] == "train"}
-
-
-def check_same(run: RunDir, other: RunDir) -> None:
-    """Two runs computed the same, bit for bit: every step of every island, and the outer state at the end."""
-    for island in ISLANDS:
-        assert curve(run, island) == curve(other, island), island
-    with CheckpointReader(list_checkpoints(run)[0].path) as first, CheckpointReader(list_checkpoints(other)[0].path) as second:
-        assert not [str(found) for found in compare(first, second) if not found.equal]
 
 
 def nodes(run: RunDir, island: str, attempt: int = -1) -> list[str]:
     events = island_run(run, island).attempts()[attempt].events()
     return next(event["nodes"] for event in events if event["event"] == "start")
-
-
-def step(run: RunDir, island: str) -> int:
-    beat = FolderBoard.reading(exchange_folder(run)).beats().get(island)
-    return beat.step if beat else 0
-
-
-def num_attempts(run: RunDir, island: str) -> int:
-    home = island_run(run, island)
-    return len(home.attempt_numbers()) if home.path.is_dir() else 0
-
-
-def is_member(run: RunDir, island: str) -> bool:
-    board = FolderBoard.reading(exchange_folder(run))
-    epoch, beat = board.epoch(), board.beats().get(island)
-    return epoch is not None and beat is not None and epoch.has(island, num_attempts(run, island)) and beat.epoch == epoch.number
-
-
-def check_all_agree(run: RunDir, steps: int) -> None:
-    """All islands made the last step and hold the same outer state."""
-    prints = set()
-    for island in ISLANDS:
-        newest = list_checkpoints(island_run(run, island))[0]
-        assert newest.step == steps, island
-        with CheckpointReader(newest.path) as reader:
-            prints.add(reader.state["diloco"]["fingerprint"])
-    assert len(prints) == 1
-    assert list_checkpoints(run)[0].step == steps
 
 
 def stop(run: RunDir, folder: Path) -> int:
@@ -128,7 +79,7 @@ def stop(run: RunDir, folder: Path) -> int:
     assert verdict is not None, told_by_all(run)
     assert verdict.outcome == "interrupted", told_by_all(run)
     last = list_checkpoints(run)[0].step
-    check_all_agree(run, last)
+    check_agreement(run, last)
     return last
 
 
@@ -149,7 +100,7 @@ def processes(run: RunDir, island: str) -> dict[int, int]:
 
 def training(run: RunDir, above: int = 8) -> None:
     """Waits until all islands are members and train."""
-    until(lambda: all(step(run, island) > above and is_member(run, island) for island in ISLANDS), 240, lambda: told_by_all(run))
+    until(lambda: all(step_of(run, island) > above and is_member(run, island) for island in ISLANDS), 240, lambda: told_by_all(run))
 
 
 def test_two_islands_of_two_ranks_on_four_nodes_compute_what_one_machine_does(cluster: Cluster, local: RunDir, folder: Path) -> None:
@@ -236,7 +187,7 @@ def test_a_person_stops_all_islands_and_resumes_them(cluster: Cluster, folder: P
     resumed = command.run("resume", run.name, f"train.steps={last + 40}", cwd=folder)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     done(run)
-    check_all_agree(run, last + 40)
+    check_agreement(run, last + 40)
     assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) == last
 
 
@@ -254,8 +205,8 @@ def test_an_island_whose_node_is_lost_takes_no_other_with_it(cluster: Cluster, f
             stop(run, folder)
         else:
             # It cannot return: its node has left the job.
-            given_up = step(run, "island-0")
-            until(lambda: num_attempts(run, "island-1") == 3 and step(run, "island-0") > given_up + 50, 240, lambda: told_by_all(run))
+            given_up = step_of(run, "island-0")
+            until(lambda: num_attempts(run, "island-1") == 3 and step_of(run, "island-0") > given_up + 50, 240, lambda: told_by_all(run))
             assert command.run("stop", run.name, cwd=folder).returncode == 0
     finally:
         cluster.script("start-node", lost)
@@ -277,7 +228,7 @@ def test_islands_on_one_node_have_cards_of_their_own(cluster: Cluster, folder: P
     ]
     assert shown == ["0,1", "0,1", "2,3", "2,3"]
     done(run)
-    check_all_agree(run, 400)
+    check_agreement(run, 400)
     assert nodes(run, "island-0") == nodes(run, "island-1")
 
 

@@ -33,13 +33,14 @@ from factory_train.data.samples import training_samples
 from factory_train.data.shards import TokenStream
 from factory_train.diloco import OuterLoop
 from factory_train.diloco_schedule import Schedule, assign_fragments, names_by_fragment
-from factory_train.distributed.board import Beat, FolderBoard
+from factory_train.distributed.board import Beat
 from factory_train.distributed.coordination import Rules
 from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
 from factory_train.distributed.membership import Membership, Planner
 from factory_train.distributed.outer_state import OuterState
 from factory_train.distributed.parallelize import parallelize
+from factory_train.distributed.tcp_board import open_board
 from factory_train.loss import summed_cross_entropy
 from factory_train.models.build import build_model
 from factory_train.optim import build_optimizer
@@ -145,7 +146,7 @@ class Ours:
         fragments = names_by_fragment(assign_fragments(sizes, of_islands.fragments, of_islands.pattern), sizes)
         self._state = OuterState(parameters, fragments, of_islands.payload, error_feedback=of_islands.error_feedback)
         self._schedule = Schedule(of_islands.fragments, H, of_islands.delay, steps)
-        board, rules = FolderBoard(folder), Rules(ISLANDS, len(ISLANDS), PATIENCE_S, PATIENCE_S)
+        board, rules = open_board(folder, of_islands.rendezvous), Rules(ISLANDS, len(ISLANDS), PATIENCE_S, PATIENCE_S)
         planner = Planner(lambda found: (0, Deal.opening(H, found).to_json()), lambda epoch, *_: dict(epoch.deal), steps)
         membership = Membership(board, rules, Beat(island, 1), planner, lambda kind, **facts: None)
         exchange = Exchange(island, 1, Ranks(0, 1), Copies(), board, membership, self._state, PATIENCE_S)

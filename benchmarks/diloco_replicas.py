@@ -37,7 +37,7 @@ from factory_train.distributed.board import Beat
 from factory_train.distributed.coordination import Rules
 from factory_train.distributed.exchange import Exchange
 from factory_train.distributed.gang import Copies
-from factory_train.distributed.membership import Membership, Planner
+from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
 from factory_train.distributed.parallelize import parallelize
 from factory_train.distributed.tcp_board import open_board
@@ -147,7 +147,7 @@ class Ours:
         self._state = OuterState(parameters, fragments, of_islands.payload, error_feedback=of_islands.error_feedback)
         self._schedule = Schedule(of_islands.fragments, H, of_islands.delay, steps)
         board, rules = open_board(folder, of_islands.rendezvous), Rules(ISLANDS, len(ISLANDS), PATIENCE_S, PATIENCE_S)
-        planner = Planner(lambda found: (0, Deal.opening(H, found).to_json()), lambda epoch, *_: dict(epoch.deal), steps)
+        planner = Planner(lambda found: Start(0, Deal.opening(H, found).to_json(), tuple(found)), lambda epoch, *_: dict(epoch.deal), steps)
         membership = Membership(board, rules, Beat(island, 1), planner, lambda kind, **facts: None)
         exchange = Exchange(island, 1, Ranks(0, 1), Copies(), board, membership, self._state, PATIENCE_S)
         self._loop = OuterLoop(

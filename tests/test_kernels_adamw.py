@@ -404,10 +404,12 @@ def test_the_operators_pass_opcheck_and_compile(split: bool, state: str) -> None
     update_flat(lambda *args: torch.library.opcheck(adamw.adamw_flat, args), buffers, grad, rows, facts)
     update_list(lambda *args: torch.library.opcheck(adamw.adamw_tensors, args), [buffers], [grad], groups, facts)
 
+    rest = list(vars(buffers).values())[1:]
+
     def step(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         gradient_statistics.gradient_squares(partials, [grad])
         gradient_statistics.prepare_step(partials, skip, *numbers)
-        changed = Buffers(weight, *list(vars(buffers).values())[1:])
+        changed = Buffers(weight, *rest)
         update_flat(adamw.adamw_flat, changed, grad, rows, facts)
         update_list(adamw.adamw_tensors, [changed], [grad], groups, facts)
         return 2 * weight

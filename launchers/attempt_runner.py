@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from factory_train import heartbeat, switches
-from factory_train.errors import ExitCode, FencedError
+from factory_train.errors import ExitCode, FactoryTrainError, FencedError
 from factory_train.heartbeat import Beat
 from factory_train.launchers import attempts, autopsy
 from factory_train.launchers.child import Child, end_all
@@ -140,8 +140,12 @@ class AttemptRunner(ABC):
         try:
             try:
                 end = self._run_stages()
-            except OSError as error:
+            except FencedError:
+                raise
+            except (OSError, FactoryTrainError) as error:
                 end = End("failed-transient", ExitCode.FAILED, f"the launcher could not go on: {error}")
+                if isinstance(error, FactoryTrainError) and error.by_user:
+                    end = End("failed-user", error.exit_code, str(error))
             code = self._conclude(end)
             self._finish_tracker()
             return code

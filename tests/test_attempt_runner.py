@@ -10,6 +10,7 @@ import pytest
 from checkpoint_cases import new_run
 
 from factory_train import switches
+from factory_train.errors import PreflightError
 from factory_train.launchers.attempt_runner import AttemptRunner, Stop
 from factory_train.launchers.job import WorkerEnv
 from factory_train.run_dir import Attempt
@@ -35,9 +36,9 @@ class Quiet:
 
 
 class Scripted(AttemptRunner):
-    """Every stage ends at once with the code its script says; None runs until it is ended, an OSError cannot be started."""
+    """Every stage ends at once with the code its script says; None runs until it is ended, an error keeps it from starting."""
 
-    def __init__(self, attempt: Attempt, script: dict[str, int | OSError | None], stop: Stop | None = None) -> None:
+    def __init__(self, attempt: Attempt, script: dict[str, int | Exception | None], stop: Stop | None = None) -> None:
         quiet: Any = Quiet()
         super().__init__(attempt, SPEC, quiet, None)
         self._script, self._wanted_stop, self._stage = script, stop, ""
@@ -49,14 +50,14 @@ class Scripted(AttemptRunner):
         self._stage = stage
         self.started.append((stage, orders))
         code = self._script.get(stage, 0)
-        if isinstance(code, OSError):
+        if isinstance(code, Exception):
             raise code
         if code == 0:
             (self._attempt.launch / f"{stage}.done").touch()
 
     def _poll(self) -> int | None:
         code = self._script.get(self._stage, 0)
-        assert not isinstance(code, OSError)
+        assert not isinstance(code, Exception)
         return code
 
     def _stop(self) -> Stop | None:
@@ -113,11 +114,22 @@ def test_a_stage_that_ends_badly_is_the_last(tmp_path: Path, code: int, outcome:
     assert (len(runner.started), runner.goes_on) == (1, goes_on)
 
 
-def test_a_stage_that_cannot_be_started_has_a_verdict_that_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "outcome", "exit_code", "goes_on"),
+    [
+        (OSError("no room on the disk"), "failed-transient", 1, True),
+        (PreflightError("cannot listen there", where="tcp://host:80"), "failed-user", 3, False),
+    ],
+    ids=["machine", "user"],
+)
+def test_a_stage_that_cannot_be_started_has_a_verdict_that_says_why(
+    tmp_path: Path, error: Exception, outcome: str, exit_code: int, goes_on: bool
+) -> None:
     attempt = new_run(tmp_path)
-    assert Scripted(attempt, {"train": OSError("no room on the disk")}).run() == 1
-    outcome, _, reason = concluded(attempt)
-    assert (outcome, "no room on the disk" in reason) == ("failed-transient", True)
+    runner = Scripted(attempt, {"train": error})
+    assert (runner.run(), runner.goes_on) == (exit_code, goes_on)
+    found, _, reason = concluded(attempt)
+    assert (found, error.args[0] in reason) == (outcome, True)
 
 
 @pytest.mark.parametrize(("name", "outcome", "goes_on"), [("TERM", "failed-transient", True), ("INT", "killed", False)])

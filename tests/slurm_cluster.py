@@ -159,3 +159,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             # The last line may be half written.
             continue
     return rows
+
+
+def workers(run: RunDir) -> dict[int, int]:
+    """Returns the pid of each rank's worker."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = dict(pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair)
+            arguments = (folder / "cmdline").read_text().split("\0")
+        except (OSError, ValueError):
+            continue
+        if environ.get("FACTORY_TRAIN_RUN_DIR") == str(run.path) and arguments[1:4] == ["-m", "factory_train.worker", "train"]:
+            found[int(environ["FACTORY_TRAIN_RANK"])] = int(folder.name)
+    return found

@@ -14,7 +14,7 @@ import command
 import pytest
 import slurm_cluster
 from island_runs import check_agreement, check_same, is_member, num_attempts, step_of, told_by_all
-from slurm_cluster import text_file, until
+from slurm_cluster import text_file, until, workers
 
 from factory_train.checkpoint.catalog import list_checkpoints
 from factory_train.gangs import island_run
@@ -83,21 +83,6 @@ def stop(run: RunDir, folder: Path) -> int:
     return last
 
 
-def processes(run: RunDir, island: str) -> dict[int, int]:
-    """Returns the pid of each rank of an island."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environ = dict(pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair)
-            arguments = (folder / "cmdline").read_text().split("\0")
-        except (OSError, ValueError):
-            continue
-        of_island = environ.get("FACTORY_TRAIN_RUN_DIR") == str(island_run(run, island).path)
-        if of_island and arguments[1:4] == ["-m", "factory_train.worker", "train"]:
-            found[int(environ["FACTORY_TRAIN_RANK"])] = int(folder.name)
-    return found
-
-
 def training(run: RunDir, above: int = 8) -> None:
     """Waits until all islands are members and train."""
     until(lambda: all(step_of(run, island) > above and is_member(run, island) for island in ISLANDS), 240, lambda: told_by_all(run))
@@ -138,7 +123,7 @@ def test_a_killed_island_returns_while_the_other_goes_on(cluster: Cluster, folde
     name = f"killed-{words[-1].rpartition('=')[2]}"
     run = submit(folder, name, *words, *ENDLESS)
     training(run)
-    for pid in processes(run, "island-1").values():
+    for pid in workers(island_run(run, "island-1")).values():
         os.kill(pid, signal.SIGKILL)
     until(lambda: num_attempts(run, "island-1") == 2 and is_member(run, "island-1"), 240, lambda: told_by_all(run))
     stop(run, folder)
@@ -224,7 +209,7 @@ def test_islands_on_one_node_have_cards_of_their_own(cluster: Cluster, folder: P
     shown = [
         dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)["CUDA_VISIBLE_DEVICES"]
         for island in ISLANDS
-        for pid in processes(run, island).values()
+        for pid in workers(island_run(run, island)).values()
     ]
     assert shown == ["0,1", "0,1", "2,3", "2,3"]
     done(run)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import command
 import pytest
 from conftest import REPOSITORY
-from slurm_cluster import GANG, QUICK, ended, job_id, losses, nodes, reached, resumed_at, submit, text_file, until
+from slurm_cluster import GANG, QUICK, ended, job_id, losses, nodes, reached, resumed_at, submit, text_file, until, workers
 
 from factory_train.run_dir import RunDir
 
@@ -58,20 +58,6 @@ def undisturbed(cluster: Cluster, folder: Path) -> RunDir:
     run = submit(folder, "whole", STEPS)
     ended(run)
     return run
-
-
-def workers(run: RunDir) -> dict[int, int]:
-    """Returns the pid of each rank's worker."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environ = dict(pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair)
-            arguments = (folder / "cmdline").read_text().split("\0")
-        except (OSError, ValueError):
-            continue
-        if environ.get("FACTORY_TRAIN_RUN_DIR") == str(run.path) and arguments[1:4] == ["-m", "factory_train.worker", "train"]:
-            found[int(environ["FACTORY_TRAIN_RANK"])] = int(folder.name)
-    return found
 
 
 def check_nothing_was_repeated(run: RunDir, undisturbed: RunDir) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from factory_train.curves import Curves
+from factory_train.exchange_figures import measure_exchange
 from factory_train.plots import Plot
 from factory_train.plots_figures import PHASE_LABELS, seconds_of_steps
 from factory_train.report_history import attempts_section, checkpoints_section, events_section
@@ -92,6 +93,8 @@ def _key_figures(facts: RunFacts, curves: Curves) -> Iterator[tuple[str, str]]:
         yield "time in steps", format_duration(training_s)
         waited = curves.total("ckpt_stall_s")
         yield "waited for checkpoints", format_wait(waited)
+    if exchange := measure_exchange(facts.run):
+        yield "not waiting for other islands, least", f"{100 * exchange.not_waiting:.1f} %"
 
 
 def _result(facts: RunFacts, curves: Curves) -> Iterator[Block]:

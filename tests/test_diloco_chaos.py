@@ -301,6 +301,7 @@ def test_ctrl_c_saves_all_islands_and_the_same_command_goes_on(begin: Callable[.
     last = max(saved) + 40
     done = command.run(*words("signal", 100000, 2, f"train.steps={last}"), cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert "of the time not waiting for each other" in done.stdout
     assert list_checkpoints(first.run)[0].step == last
     loaded = first.events("island-loaded")
     assert len(loaded) == 2

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from factory_train import storage
 from factory_train.checks import check_config
 from factory_train.config import Config
 from factory_train.diloco_config import DilocoConfig
 from factory_train.diloco_plan import DilocoPlan, plan_diloco
 from factory_train.errors import ConfigError
+from factory_train.exchange_figures import measure_exchange
+from factory_train.gangs import island_names, new_island_attempt
 from factory_train.hardware import Hardware
 from factory_train.plan import make_plan
+from factory_train.run_dir import Attempt, RunDir
 
 CPU = Hardware("CPU", "cpu", 1, 8 << 30, None)
 
@@ -89,3 +94,27 @@ def test_what_cannot_be_is_refused_with_the_override_that_mends_it(settings: dic
         owner = getattr(cfg, section)
         setattr(owner, leaf, type(getattr(owner, leaf))(value))
         check_config(cfg)
+
+
+def rounds(attempt: Attempt, times: list[float], waited_s: list[float]) -> None:
+    for time, waited in zip(times, waited_s, strict=True):
+        storage.append_json_line(attempt.metrics_path, {"kind": "sync", "step": 8, "time": time, "waited_s": waited})
+
+
+def test_what_was_planned_is_measured_on_the_island_that_waited_most(tmp_path: Path) -> None:
+    config = Config(recipe="llama_diloco")
+    run = RunDir.create(tmp_path, config.recipe, "a")
+    run.new_attempt(config)
+    assert measure_exchange(run) is None
+    first, second = (new_island_attempt(run, name, config) for name in island_names(2))
+    rounds(first, [100.0], [9.0])
+    assert measure_exchange(run) is None
+    rounds(first, [110.0, 120.0], [1.0, 1.0])
+    rounds(second, [100.0, 120.0], [50.0, 4.0])
+    # The time until the next attempt began is not time between rounds.
+    rounds(new_island_attempt(run, "island-1", config), [500.0, 520.0], [50.0, 2.0])
+    found = measure_exchange(run)
+    assert found is not None
+    assert (found.islands, found.rounds, found.island) == (2, 4, "island-1")
+    assert found.not_waiting == pytest.approx(1 - 6 / 40)
+    assert found.line() == "85.0% of the time not waiting for each other (least: island-1), 4 rounds"

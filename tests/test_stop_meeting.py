@@ -22,17 +22,27 @@ def meeting(folder: Path, island: str, schedule: Schedule = SCHEDULE) -> StopMee
 
 
 def stop(folder: Path, told: dict[str, int], step_s: float, schedule: Schedule = SCHEDULE) -> dict[str, int]:
-    """Trains islands from the step at which each is told, a thread each; returns where they stop."""
-    ended = {}
+    """Trains islands from the step at which each is told, a thread each, no further than rounds allow; returns where they stop."""
+    ended, sent = {}, {island: step - 1 for island, step in told.items()}
+
+    def exchange(island: str, step: int) -> None:
+        sent[island] = step
+        moment = schedule.at(step)
+        for item in (*moment.apply, *moment.drain):
+            while min(sent.values()) < item.sent:
+                time.sleep(0.001)
 
     def train(island: str, step: int) -> None:
         mine = meeting(folder, island, schedule=schedule)
         while (stops_at := mine.stops_at(step, MEMBERS, step_s, wait_s=60.0)) is None:
+            exchange(island, step)
             step += 1
         assert stops_at >= step
-        ended[island] = stops_at
+        for later in range(step, stops_at):
+            exchange(island, later)
+        sent[island] = ended[island] = stops_at
 
-    threads = [threading.Thread(target=train, args=item) for item in told.items()]
+    threads = [threading.Thread(target=train, args=item, daemon=True) for item in told.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -45,8 +55,7 @@ def test_the_furthest_step_is_everybodys(tmp_path: Path) -> None:
     assert stop(tmp_path, {"island-0": 35, "island-1": 36, "island-2": 33}, step_s=1.5) == dict.fromkeys(MEMBERS, 36)
 
 
-def test_where_steps_are_quick_they_meet_behind_a_round(tmp_path: Path) -> None:
-    """Before it one may be waiting for another's part, and could not answer."""
+def test_where_steps_are_quick_they_stop_behind_a_round(tmp_path: Path) -> None:
     found = stop(tmp_path, {"island-0": 35, "island-1": 35, "island-2": 35}, step_s=0.01)
     # Sent after step 36, applied after step 37.
     assert found == dict.fromkeys(MEMBERS, 38)
@@ -54,12 +63,20 @@ def test_where_steps_are_quick_they_meet_behind_a_round(tmp_path: Path) -> None:
     assert at_once == dict.fromkeys(MEMBERS, 37), "sent and applied after step 36"
 
 
-def test_whoever_hears_that_others_stop_answers_at_once(tmp_path: Path) -> None:
+def test_one_that_is_told_late_need_not_wait_for_one_that_was_told_early(tmp_path: Path) -> None:
+    """Between them is a round, so the first goes on, or the second would wait for its part and never hear."""
+    found = stop(tmp_path, {"island-0": 38, "island-1": 33, "island-2": 37}, step_s=0.01)
+    assert found == dict.fromkeys(MEMBERS, 42)
+
+
+def test_all_that_were_told_count(tmp_path: Path) -> None:
     board = FolderBoard(tmp_path)
     board.write_stop("island-1", MEMBERS["island-1"], 33)
-    board.write_stop("island-2", MEMBERS["island-2"], 36)
-    assert meeting(tmp_path, "island-0").stops_at(35, MEMBERS, 0.01, wait_s=60.0) == 36
-    assert board.stops(MEMBERS) == {"island-0": 35, "island-1": 33, "island-2": 36}
+    mine = meeting(tmp_path, "island-0")
+    assert mine.stops_at(35, MEMBERS, 0.01, wait_s=60.0) is None
+    board.write_stop("island-2", MEMBERS["island-2"], 37)
+    assert mine.stops_at(36, MEMBERS, 0.01, wait_s=60.0) == 42
+    assert board.stops(MEMBERS) == {"island-0": 35, "island-1": 33, "island-2": 37}
 
 
 def test_an_island_that_was_not_told_keeps_none_waiting(tmp_path: Path) -> None:
@@ -77,5 +94,6 @@ def test_catching_up_takes_seconds_and_no_longer(tmp_path: Path, behind: int, st
 
 def test_what_an_earlier_attempt_of_an_island_said_counts_for_nothing(tmp_path: Path) -> None:
     FolderBoard(tmp_path).write_stop("island-1", MEMBERS["island-1"] - 1, 90)
-    assert meeting(tmp_path, "island-0").stops_at(35, MEMBERS, 0.01, wait_s=0.0) is None
-    assert meeting(tmp_path, "island-0").stops_at(38, MEMBERS, 0.01, wait_s=0.0) == 38
+    mine = meeting(tmp_path, "island-0")
+    assert mine.stops_at(35, {"island-0": 3, "island-1": 1}, 0.01, wait_s=60.0) is None
+    assert mine.stops_at(38, {"island-0": 3, "island-1": 1}, 0.01, wait_s=0.0) == 38

@@ -1,7 +1,9 @@
 """Where islands stop that are all told to: at one step, so that they can begin again together without repeating any.
 
-Each learns of it by itself, some steps apart. An island says at which step it is and waits for the others to say so; the furthest step is
-everybody's. Nobody is made to wait for one that was not told, or not in time.
+Each learns of it by itself, some steps apart, and says at which step. Where the next round is near, all go on and stop behind the first
+that was sent when everybody had been told: whoever has applied it sees what all had said before they sent their parts, so all find the same
+step, and none stands still while another waits for its part. Where rounds are far apart an island waits where it is for the others to say
+where they are, and the furthest step is everybody's. Nobody is made to wait for long for one that was not told.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ WAIT_S = 3.0
 ASKED_WAIT_S = 15.0
 # One that is behind goes on for so long at most: the machines may be taken away soon.
 CATCH_UP_S = 5.0
-# Next to a round islands wait for each other's parts, so they meet behind one that is no further away than this.
-_NEAR_S = 1.0
+# A round further away than this is not waited for.
+_NEAR_S = 2.0
 
 
 class StopMeeting:
@@ -32,7 +34,9 @@ class StopMeeting:
 
     def __init__(self, board: Board, island: str, incarnation: int, schedule: Schedule) -> None:
         self._board, self._island, self._incarnation, self._schedule = board, island, incarnation, schedule
-        self._meets_at: int | None = None
+        # The step at which this island was told, and when; whether a round was near.
+        self._told: tuple[int, float] | None = None
+        self._near = False
 
     def stops_at(self, step: int, members: Mapping[str, int], step_s: float, wait_s: float = WAIT_S) -> int | None:
         """Returns the step after which this island stops, not before `step`; None while it should go on and ask after the next.
@@ -51,22 +55,31 @@ class StopMeeting:
 
     def _stops_at(self, step: int, members: Mapping[str, int], step_s: float, wait_s: float) -> int | None:
         others = {name: incarnation for name, incarnation in members.items() if name != self._island}
-        if self._meets_at is None:
-            self._meets_at = self._behind_a_round(step, step_s)
-        if step < self._meets_at and not self._board.stops(others):
-            return None
-        self._board.write_stop(self._island, self._incarnation, step)
-        limit = time.monotonic() + wait_s
-        while len(said := self._board.stops(others)) < len(others) and time.monotonic() < limit:
-            time.sleep(0.02)
-        furthest = max([step, *said.values()])
-        return furthest if (furthest - step) * step_s <= CATCH_UP_S else step
+        if not others:
+            return step
+        if self._told is None:
+            self._told, self._near = (step, time.monotonic()), self._is_near(self._behind_a_round(step), step, step_s)
+            self._board.write_stop(self._island, self._incarnation, step)
+        told_at, since = self._told
+        said = self._board.stops(others)
+        if not self._near:
+            while len(said) < len(others) and time.monotonic() < since + wait_s:
+                time.sleep(0.02)
+                said = self._board.stops(others)
+            furthest = max([step, *said.values()])
+            return furthest if (furthest - step) * step_s <= CATCH_UP_S else step
+        if len(said) == len(others):
+            meets_at = self._behind_a_round(max(told_at, *said.values()))
+            return meets_at if meets_at is not None and meets_at >= step and (meets_at - step) * step_s <= CATCH_UP_S else step
+        return step if time.monotonic() >= since + wait_s else None
 
-    def _behind_a_round(self, step: int, step_s: float) -> int:
-        """Returns the first step from `step` on before which a round was applied, or `step` where none is near."""
-        last = min(self._schedule.steps, step + int(_NEAR_S / max(step_s, 1e-6)))
-        for later in range(step, last + 1):
-            moment = self._schedule.at(later - 1) if later > 1 else None
-            if moment is not None and (moment.apply or moment.drain):
-                return later
-        return step
+    def _is_near(self, later: int | None, step: int, step_s: float) -> bool:
+        return later is not None and (later - step) * step_s <= _NEAR_S
+
+    def _behind_a_round(self, told_at: int) -> int | None:
+        """Returns the first step before which a round was applied that was sent after step `told_at` or later; None where none follows."""
+        for applied in range(max(1, told_at), self._schedule.steps):
+            moment = self._schedule.at(applied)
+            if any(item.sent >= told_at for item in (*moment.apply, *moment.drain)):
+                return applied + 1
+        return None

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from conftest import REPOSITORY
+from mlflow.entities import Run
 from slurm_cluster import losses, until
 
 from factory_train import storage
@@ -71,11 +72,15 @@ def holds_one_run_with_every_step(uri: str, run: RunDir, steps: int) -> None:
     A step is there once, unless two attempts made it: what was sent of the lost one stays in MLflow.
     """
     store = open_store(uri, "factory_train")
-    # The syncer of the job sends the rest after the verdict; the model comes last.
-    until(lambda: store.client.search_model_versions("name = 'llama_fsdp'"))
-    (found,) = store.client.search_runs([store.experiment_id])
-    assert (found.info.run_name, found.info.status) == (run.name, "FINISHED")
-    history = store.client.get_metric_history(found.info.run_id, "train/loss")
+
+    def found() -> list[Run]:
+        return store.client.search_runs([store.experiment_id])
+
+    # The syncer of the job sends the rest after the verdict.
+    until(lambda: [run.info.status for run in found()] == ["FINISHED"] and store.client.search_model_versions("name = 'llama_fsdp'"))
+    (sent,) = found()
+    assert sent.info.run_name == run.name
+    history = store.client.get_metric_history(sent.info.run_id, "train/loss")
     assert {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)} == losses(run)
     times = Counter(metric.step for metric in history)
     assert sorted(times) == list(range(1, steps + 1))
@@ -84,4 +89,4 @@ def holds_one_run_with_every_step(uri: str, run: RunDir, steps: int) -> None:
     )
     assert times <= made
     (version,) = store.client.search_model_versions("name = 'llama_fsdp'")
-    assert version.run_id == found.info.run_id
+    assert version.run_id == sent.info.run_id

@@ -84,6 +84,7 @@ PROOFS: dict[str, list[Shown | Refused | Elsewhere]] = {
     "gres": [Shown("gpu:3", "TresPerNode=gres:gpu:3"), Refused("gpu:h900:1"), Refused("fpga:1")],
     "cpus_per_task": [Shown(2, "CPUs/Task=2")],
     "memory": [Shown("2G", "MinMemoryNode=2G"), Refused("900G")],
+    "resources": [Elsewhere("test_launcher_ray.py: Ray only")],
     "time": [Shown("1-02:00:00", "TimeLimit=1-02:00:00")],
     "exclusive": [Shown(True, "OverSubscribe=NO")],
     "exclude": [Shown("node[3-4]", "ExcNodeList=node[3-4]"), Refused("nope1")],

@@ -58,7 +58,8 @@ class StopMeeting:
         if not others:
             return step
         if self._told is None:
-            self._told, self._near = (step, time.monotonic()), self._is_near(self._behind_a_round(step), step, step_s)
+            later = self._behind_a_round(step)
+            self._told, self._near = (step, time.monotonic()), later is not None and (later - step) * step_s <= _NEAR_S
             self._board.write_stop(self._island, self._incarnation, step)
         told_at, since = self._told
         said = self._board.stops(others)
@@ -72,9 +73,6 @@ class StopMeeting:
             meets_at = self._behind_a_round(max(told_at, *said.values()))
             return meets_at if meets_at is not None and meets_at >= step and (meets_at - step) * step_s <= CATCH_UP_S else step
         return step if time.monotonic() >= since + wait_s else None
-
-    def _is_near(self, later: int | None, step: int, step_s: float) -> bool:
-        return later is not None and (later - step) * step_s <= _NEAR_S
 
     def _behind_a_round(self, told_at: int) -> int | None:
         """Returns the first step before which a round was applied that was sent after step `told_at` or later; None where none follows."""

@@ -55,22 +55,34 @@ def test_over_tcp_training_is_that_through_a_folder(tmp_path: Path) -> None:
     assert all(equal(a.values, b.values) for a, b in zip(through_folder, over_tcp, strict=True))
 
 
-def test_an_island_leaves_and_comes_back(tmp_path: Path) -> None:
+def test_the_coordinator_leaves_and_comes_back(tmp_path: Path) -> None:
+    """Whoever was there first coordinates, and is the one that leaves."""
+    left: list[Toy] = []
+    returned: list[Toy] = []
+    slowly = unhurried(lambda: returned and returned[0].rows("diloco-joined"))
+
+    def before_step(toy: Toy, step: int) -> None:
+        if step == 9 and not left and toy.rows("diloco-coordinator"):
+            left.append(toy)
+            raise LeavesError
+        slowly(toy, step)
+
     with served(tmp_path, free_port()) as rendezvous:
         cfg = config(islands=3, **STREAMING, rendezvous=rendezvous)
-        again = Toy(tmp_path, "island-0", cfg, 120, incarnation=2)
-        before_step = unhurried(lambda: again.rows("diloco-joined"))
         toys = [Toy(tmp_path, f"island-{index}", cfg, 120, before_step=before_step) for index in range(3)]
-        # The one that coordinates.
-        toys[0].before_step = leave_at(9)
-        threads = [start(toy, LeavesError if index == 0 else None) for index, toy in enumerate(toys)]
-        threads[0].join(60)
-        finish(*threads[1:], start(again))
-    check_same(toys[1], toys[2], again)
-    assert [len(toy.samples) for toy in toys[1:]] == [120, 120]
-    assert again.rows("diloco-joined")
-    assert [row["lease"] for row in toys[1].rows("diloco-coordinator")] == [2]
-    seen = Counter(sample for toy in (toys[1], toys[2], again) for sample in toy.samples)
+        threads = {toy.name: start(toy, LeavesError) for toy in toys}
+        while not left and any(thread.is_alive() for thread in threads.values()):
+            time.sleep(0.05)
+        finish(threads.pop(left[0].name), timeout_s=60)
+        returned.append(Toy(tmp_path, left[0].name, cfg, 120, incarnation=2))
+        finish(*threads.values(), start(returned[0]))
+    others = [toy for toy in toys if toy is not left[0]]
+    check_same(*others, *returned)
+    assert [len(toy.samples) for toy in others] == [120, 120]
+    assert returned[0].rows("diloco-joined")
+    assert [row["lease"] for row in left[0].rows("diloco-coordinator")] == [1]
+    assert [row["lease"] for toy in others for row in toy.rows("diloco-coordinator")] == [2]
+    seen = Counter(sample for toy in (*others, *returned) for sample in toy.samples)
     assert max(seen.values()) == 1
 
 
@@ -92,7 +104,7 @@ def test_an_island_that_was_started_otherwise_is_not_let_in(tmp_path: Path) -> N
 
 def test_while_the_server_is_away_rounds_go_on_and_a_change_waits_for_it(tmp_path: Path) -> None:
     """One island of three leaves while nobody serves: the others go on when the server is back, and have lost no step."""
-    port, cfg = free_port(), None
+    port = free_port()
     reached = threading.Event()
     with served(tmp_path, port) as rendezvous:
         cfg = config(islands=3, **STREAMING, silence_s=6.0, grace_s=30.0, rendezvous=rendezvous)

@@ -119,7 +119,7 @@ def test_a_signal_in_the_last_step(cluster: Cluster, undisturbed: RunDir, folder
 
 
 def test_the_time_limit(cluster: Cluster, folder: Path) -> None:
-    words = ("train.steps=1000", "launcher.time=1")
+    words = ("train.steps=500", "launcher.time=1")
     run = submit(folder, "limit", *words)
     ended(run, timeout_s=600)
     attempts = run.attempts()
@@ -130,8 +130,8 @@ def test_the_time_limit(cluster: Cluster, folder: Path) -> None:
         # Slurm looks at limits every half minute, so its warning may come before the deadline is near.
         assert "time limit" in verdict.reason or "SIGUSR2" in verdict.reason
         assert resumed_at(run, after.number) == verdict.step
-    assert sorted(losses(run)) == list(range(1, 1001))
-    whole = submit(folder, "no-limit", "train.steps=1000")
+    assert sorted(losses(run)) == list(range(1, 501))
+    whole = submit(folder, "no-limit", "train.steps=500")
     ended(whole, timeout_s=400)
     assert losses(run) == losses(whole)
 

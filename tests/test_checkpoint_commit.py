@@ -23,8 +23,15 @@ from factory_train.run_dir import Attempt, RunDir
 
 # Every moment of a save, of every rank: before and after each write, fsync, rename, ...
 @pytest.mark.cluster
-@pytest.mark.parametrize(("world", "strategy"), [(1, "single"), (4, "ddp4")])
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("mode", "world", "strategy"),
+    [
+        ("sync", 1, "single"),
+        ("async", 4, "ddp4"),
+        pytest.param("async", 1, "single", marks=pytest.mark.long),
+        pytest.param("sync", 4, "ddp4", marks=pytest.mark.long),
+    ],
+)
 def test_a_crash_at_any_point_leaves_the_old_checkpoint_or_the_new_one_whole(
     pool: RankPool, tmp_path: Path, mode: str, world: int, strategy: str
 ) -> None:

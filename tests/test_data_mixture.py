@@ -262,7 +262,7 @@ def test_weights_can_be_swept(sets: Path, tmp_path: Path) -> None:
     assert "data.weights.b=3" in done.stdout
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "document"])
+@pytest.mark.parametrize("packing", [pytest.param("concatenate", marks=pytest.mark.long), "document"])
 def test_a_run_on_a_mixture_resumes_at_another_world_size_with_the_same_samples(sets: Path, tmp_path: Path, packing: str) -> None:
     phases = "data.phases=[{until_step:5,a:3,b:1},{a:1,b:1,c:6}]"
     words = [f"data.sets.{name}={sets}/{name}" for name in "abc"]

@@ -135,6 +135,7 @@ def test_ranks_collect_garbage_at_the_same_steps_and_only_there(profiled: Attemp
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_diagnostics_change_no_number_and_a_resume_behind_the_window_profiles_nothing(profiled: Attempt, folder: Path) -> None:
     settings = ("train.steps=8", "train.gc_every_steps=0", "train.deterministic=true")
     with pytest.MonkeyPatch.context() as patch:
@@ -155,7 +156,11 @@ def test_diagnostics_change_no_number_and_a_resume_behind_the_window_profiles_no
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(
-    ("loss", "asked"), [("too_large_for_the_card", "asking for 21.0MB more"), ("too_large_for_the_host", "asking for 4000TB more")]
+    ("loss", "asked"),
+    [
+        ("too_large_for_the_card", "asking for 21.0MB more"),
+        pytest.param("too_large_for_the_host", "asking for 4000TB more", marks=pytest.mark.long),
+    ],
 )
 def test_running_out_of_memory_says_what_to_change_and_is_not_tried_again(folder: Path, loss: str, asked: str) -> None:
     # Activations are most of this plan, so the batch decides.

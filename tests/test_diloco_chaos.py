@@ -288,6 +288,7 @@ def test_random_faults(begin: Callable[..., Chaos], links: Links) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_ctrl_c_saves_all_islands_and_the_same_command_goes_on(begin: Callable[..., Chaos], folder: Path) -> None:
     first = begin("signal", 100000, 2)
     first.until(lambda: min(map(first.step, first.islands)) > 120, "training begins")

@@ -49,10 +49,10 @@ def differences(a: RunDir, b: RunDir) -> list[str]:
         return [str(found) for found in compare(first, second) if not found.equal]
 
 
-def test_resumed_at_any_step_of_two_periods_a_run_is_bit_identical(text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stops", [(5, 6), pytest.param((2, 3, 4, 7, 8, 9), marks=pytest.mark.long)], ids=["two", "others"])
+def test_resumed_at_any_step_of_two_periods_a_run_is_bit_identical(text_file: Path, tmp_path: Path, stops: tuple[int, ...]) -> None:
     """Also inside of an overlap window, with narrow payloads and error feedback."""
     cfg = island_settings(text_file, tmp_path)
-    stops = range(2, 10)
     undisturbed = start_run(tmp_path, "undisturbed", cfg).run
     stopped = {stop: start_run(tmp_path, f"stopped{stop}", cfg).run for stop in stops}
     orders = [{"run_dir": str(undisturbed.path)}]
@@ -67,7 +67,7 @@ def test_resumed_at_any_step_of_two_periods_a_run_is_bit_identical(text_file: Pa
         assert not differences(run, undisturbed), f"stopped after step {stop}"
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+@pytest.mark.parametrize("layout", [pytest.param("ddp2", marks=pytest.mark.long), "fsdp2"])
 def test_islands_of_several_ranks_resume_inside_of_an_overlap_window(text_file: Path, tmp_path: Path, layout: str) -> None:
     cfg = island_settings(text_file, tmp_path, layout)
     cfg.train.micro_batch_size = 2
@@ -91,6 +91,7 @@ def flip_a_byte(run: RunDir, step: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.long
 def test_damaged_checkpoints_are_passed_over(text_file: Path, tmp_path: Path) -> None:
     """One of the run: all begin from the one before, bit for bit. One of an island: it begins from the outer parameters."""
     cfg = island_settings(text_file, tmp_path)

@@ -59,6 +59,7 @@ def test_a_run_starts_from_the_weights_of_a_step_of_another_with_a_fresh_optimiz
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_the_same_command_again_continues_even_when_the_origin_is_gone(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     here = tmp_path / "copy"

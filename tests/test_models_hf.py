@@ -328,6 +328,7 @@ def test_a_run_starts_from_a_folder_and_goes_on_when_that_has_gone(place: Path) 
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_model_that_has_grown_takes_what_fits(place: Path) -> None:
     done = command.run(*words("run=grown", "init_from=hf:tiny-llama", "model.num_layers=3", "init_strict=false"), cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr

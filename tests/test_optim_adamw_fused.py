@@ -110,7 +110,7 @@ def test_shards_of_fsdp2_move_into_one_buffer_and_their_gradients_are_taken_unit
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("shapes", [WHOLE, UNEVEN], ids=["whole", "uneven"])
+@pytest.mark.parametrize("shapes", [pytest.param(WHOLE, marks=pytest.mark.long), UNEVEN], ids=["whole", "uneven"])
 def test_checkpoints_move_between_all_formats_and_numbers_of_ranks(ranks: RankPool, shapes: dict, tmp_path) -> None:
     runs = {}
     for world in (1, 2, 4):

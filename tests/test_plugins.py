@@ -66,6 +66,7 @@ def test_the_example_of_the_page_trains_on_two_ranks(trained: RunDir, folder: Pa
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_run_with_plugins_resumes_evaluates_and_generates(trained: RunDir, folder: Path) -> None:
     resumed = command.run("resume", "mine", "train.steps=6", cwd=folder)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

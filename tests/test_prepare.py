@@ -177,6 +177,7 @@ def processes_below(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+@pytest.mark.long
 def test_killed_at_random_and_started_again_it_makes_the_same_shards(tmp_path: Path) -> None:
     path = large_corpus(tmp_path)
     words = [str(path), "vocab_size=400"]

@@ -118,6 +118,7 @@ def test_end_of_text_is_a_usual_name_or_what_was_asked_for(tmp_path: Path, words
     assert int((tokens == 1).sum() + (tokens == 2).sum()) == (manifest.splits["train"].num_documents if eos else 0)
 
 
+@pytest.mark.long
 def test_a_run_on_a_users_tokenizer_generates_and_exports_with_its_end_of_text(tmp_path: Path) -> None:
     folder = save(split_byte_level(), tmp_path / "hf", {"eos_token": "<|eot_id|>"})
     data = prepared(write_jsonl(tmp_path), f"tokenizer={folder}", cwd=tmp_path)

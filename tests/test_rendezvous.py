@@ -259,6 +259,7 @@ def test_two_runs_that_share_nothing_but_an_address_train_as_one(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("token")
+@pytest.mark.long
 def test_a_side_that_lost_everything_takes_it_from_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the one that would coordinate, and has nothing to begin with; before, both go on from what each has."""
     sides = Sides(tmp_path)

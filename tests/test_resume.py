@@ -89,8 +89,9 @@ def test_after_sigkill_of_everything_the_curve_is_bit_identical(folder: Path, un
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("mode", ["async", "sync"])
-@pytest.mark.parametrize("kills", [2, pytest.param(15, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("mode", "kills"), [("async", 2), *(pytest.param(*case, marks=pytest.mark.long) for case in (("sync", 2), ("async", 15), ("sync", 15)))]
+)
 def test_killed_at_any_moment_again_and_again_the_curve_is_bit_identical(
     folder: Path, undisturbed: list[dict], mode: str, kills: int
 ) -> None:

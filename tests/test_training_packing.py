@@ -96,6 +96,7 @@ def test_a_packed_run_validates_as_it_evaluates_and_its_report_says_how_full_row
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_packed_run_resumed_at_other_world_sizes_sees_the_same_samples(folder: Path) -> None:
     for steps, layout in ((10, ("launcher.tasks_per_node=4",)), (15, ("parallel=single", "launcher.tasks_per_node=1"))):
         done = command.run(*WORDS, "run=parts", f"train.steps={steps}", *layout, cwd=folder)

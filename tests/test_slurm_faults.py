@@ -127,9 +127,10 @@ def test_the_time_limit(cluster: Cluster, folder: Path) -> None:
     for before, after in itertools.pairwise(attempts):
         verdict = before.verdict()
         assert verdict is not None
-        # Slurm looks at limits every half minute, so its warning may come before the deadline is near.
-        assert "time limit" in verdict.reason or "SIGUSR2" in verdict.reason
-        assert resumed_at(run, after.number) == verdict.step
+        # Slurm looks at limits every half minute, so its warning may come before the deadline is near, or behind the last step.
+        assert any(words in verdict.reason for words in ("time limit", "SIGUSR2", "by a signal in stage")), verdict.reason
+        # One whose last step is done has only its end left.
+        assert verdict.step == 500 or resumed_at(run, after.number) == verdict.step
     assert sorted(losses(run)) == list(range(1, 501))
     whole = submit(folder, "no-limit", "train.steps=500")
     ended(whole, timeout_s=400)

@@ -117,6 +117,19 @@ class Lease:
     incarnation: int
 
 
+@dataclass(frozen=True)
+class Told:
+    """Where an island was when it was told to stop.
+
+    Args:
+        step: completed inner steps.
+        near: whether its next round was near enough to stop behind it.
+    """
+
+    step: int
+    near: bool
+
+
 class Board(ABC):
     """What all islands of a run see.
 
@@ -138,18 +151,18 @@ class Board(ABC):
         found = self._records.all("beats")
         return {name: Beat(**{**value, "resumes": tuple(value["resumes"])}) for name, value in found.items()}
 
-    def write_stop(self, island: str, incarnation: int, step: int) -> None:
-        """Says that an island was told to stop, and the step it is at."""
-        self._records.replace("stops", island, {"incarnation": incarnation, "step": step})
+    def write_stop(self, island: str, incarnation: int, told: Told) -> None:
+        """Says that an island was told to stop."""
+        self._records.replace("stops", island, {"incarnation": incarnation, **asdict(told)})
 
-    def stops(self, islands: Mapping[str, int]) -> dict[str, int]:
-        """Returns at which step each of these islands was told to stop, if it was.
+    def stops(self, islands: Mapping[str, int]) -> dict[str, Told]:
+        """Returns what each of these islands said when it was told to stop, if it was.
 
         Args:
             islands: incarnation of each.
         """
         said = {name: value for name, value in self._records.all("stops").items() if name in islands}
-        return {name: value["step"] for name, value in said.items() if value["incarnation"] == islands[name]}
+        return {name: Told(value["step"], value["near"]) for name, value in said.items() if value["incarnation"] == islands[name]}
 
     def take_lease(self, lease: Lease) -> bool:
         """Takes the coordinator's lease of that number; False when another island was faster."""

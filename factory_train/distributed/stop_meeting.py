@@ -1,9 +1,12 @@
 """Where islands stop that are all told to: at one step, so that they can begin again together without repeating any.
 
-Each learns of it by itself, some steps apart, and says at which step. Where the next round is near, all go on and stop behind the first
-that was sent when everybody had been told: whoever has applied it sees what all had said before they sent their parts, so all find the same
-step, and none stands still while another waits for its part. Where rounds are far apart an island waits where it is for the others to say
-where they are, and the furthest step is everybody's. Nobody is made to wait for long for one that was not told.
+Each learns of it by itself, some steps apart, and says at which step, and whether its next round is near. If it is to any of them, all stop
+behind the first round that was sent when everybody had been told: whoever has applied it sees what all had said before they sent their
+parts, so all find the same step. If rounds are far apart, the furthest step is everybody's.
+
+Until all have been told, one whose round is near goes on. One whose round is far stands still, unless another was seen to be further: that
+one may wait for its part of a round and would never hear that it is to stop. It was not told up to there, so going on as far is no further
+than where all will stop. Nobody is made to wait for long for one that was not told.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import time
 from collections.abc import Mapping
 
 from factory_train.diloco_schedule import Schedule
-from factory_train.distributed.board import Board
+from factory_train.distributed.board import Board, Told
 
 # An island that was told waits so long for the others to be: where its machines may be taken away soon, and where a person asked.
 WAIT_S = 3.0
@@ -21,6 +24,7 @@ ASKED_WAIT_S = 15.0
 CATCH_UP_S = 5.0
 # A round further away than this is not waited for.
 _NEAR_S = 2.0
+_LOOK_EVERY_S = 0.02
 
 
 class StopMeeting:
@@ -34,9 +38,9 @@ class StopMeeting:
 
     def __init__(self, board: Board, island: str, incarnation: int, schedule: Schedule) -> None:
         self._board, self._island, self._incarnation, self._schedule = board, island, incarnation, schedule
-        # The step at which this island was told, and when; whether a round was near.
-        self._told: tuple[int, float] | None = None
-        self._near = False
+        # What this island said when it was told, and when that was.
+        self._told: Told | None = None
+        self._since = 0.0
 
     def stops_at(self, step: int, members: Mapping[str, int], step_s: float, wait_s: float = WAIT_S) -> int | None:
         """Returns the step after which this island stops, not before `step`; None while it should go on and ask after the next.
@@ -59,20 +63,23 @@ class StopMeeting:
             return step
         if self._told is None:
             later = self._behind_a_round(step)
-            self._told, self._near = (step, time.monotonic()), later is not None and (later - step) * step_s <= _NEAR_S
-            self._board.write_stop(self._island, self._incarnation, step)
-        told_at, since = self._told
-        said = self._board.stops(others)
-        if not self._near:
-            while len(said) < len(others) and time.monotonic() < since + wait_s:
-                time.sleep(0.02)
-                said = self._board.stops(others)
-            furthest = max([step, *said.values()])
-            return furthest if (furthest - step) * step_s <= CATCH_UP_S else step
-        if len(said) == len(others):
-            meets_at = self._behind_a_round(max(told_at, *said.values()))
-            return meets_at if meets_at is not None and meets_at >= step and (meets_at - step) * step_s <= CATCH_UP_S else step
-        return step if time.monotonic() >= since + wait_s else None
+            self._told, self._since = Told(step, later is not None and (later - step) * step_s <= _NEAR_S), time.monotonic()
+            self._board.write_stop(self._island, self._incarnation, self._told)
+        while len(said := self._board.stops(others)) < len(others) and time.monotonic() < self._since + wait_s:
+            if self._told.near or self._is_passed(step, others):
+                return None
+            time.sleep(_LOOK_EVERY_S)
+        told = (self._told, *said.values())
+        furthest = max(each.step for each in told)
+        meets_at: int | None = furthest
+        if any(each.near for each in told):
+            meets_at = self._behind_a_round(furthest) if len(said) == len(others) else None
+        return meets_at if meets_at is not None and meets_at >= step and (meets_at - step) * step_s <= CATCH_UP_S else step
+
+    def _is_passed(self, step: int, others: Mapping[str, int]) -> bool:
+        """Whether an island has begun what follows this step, where a round may be sent that it will wait for."""
+        beats = self._board.beats()
+        return any(name in beats and beats[name].incarnation == others[name] and beats[name].step >= step for name in others)
 
     def _behind_a_round(self, told_at: int) -> int | None:
         """Returns the first step before which a round was applied that was sent after step `told_at` or later; None where none follows."""

@@ -168,9 +168,14 @@ class Link:
         return self
 
     def limit(self, mbit_per_s: float) -> None:
-        """Limits both directions. The queue holds all that is sent at once: a packet lost at the end of a message costs TCP a second."""
+        """Limits both directions.
+
+        The queue holds all that is sent at once: a packet lost at the end of a message costs TCP a second. The bucket holds a
+        millisecond's bytes, or two packets: what it saves up while islands train is beyond the rate.
+        """
+        burst = max(2 * (MTU + 100), int(mbit_per_s * 1e6 / 8 / 1000))
         for index, interface in enumerate(INTERFACES):
-            shape = ("rate", f"{mbit_per_s:g}mbit", "burst", "256kb", "limit", "64mb")
+            shape = ("rate", f"{mbit_per_s:g}mbit", "burst", f"{burst}b", "limit", "64mb")
             self.inside(index, "tc", "qdisc", "replace", "dev", interface, "root", "tbf", *shape)
 
     def command(self, index: int, *words: str) -> list[str]:

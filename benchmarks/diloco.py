@@ -245,20 +245,29 @@ def predict(method: str, options: argparse.Namespace, mbit: float, delay_s: floa
     return {"utilisation": late.utilisation(options.step_s, bytes_per_s), "bytes_per_step": per_step}
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws utilisation over bandwidth: points measured, lines predicted."""
+def plot(rows: list[dict[str, Any]], options: argparse.Namespace, path: Path) -> None:
+    """Draws utilisation over bandwidth: points measured, lines predicted. Lines that coincide are told apart by their dashes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for method in METHODS:
-        mine = sorted((row for row in rows if row["method"] == method and row["delay_ms"] == 0), key=lambda row: row["mbit_per_s"])
-        x = [row["mbit_per_s"] for row in mine]
-        (line,) = axes.plot(x, [row["predicted"]["utilisation"] for row in mine], label=method)
-        axes.plot(x, [row["measured"]["utilisation"] for row in mine], "o", color=line.get_color())
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    shown = [row for row in rows if row["delay_ms"] == 0]
+    low, high = (choose(row["mbit_per_s"] for row in shown) for choose in (min, max))
+    rates = [low * (high / low) ** (number / 200) for number in range(201)]
+    for index, (method, marker) in enumerate(zip(METHODS, "os^vDx", strict=True)):
+        mine = [row for row in shown if row["method"] == method]
+        dashes = (0, (4, 0) if index % 2 == 0 else (4, 4))
+        (line,) = axes.plot(
+            rates, [predict(method, options, rate, 0.0)["utilisation"] for rate in rates], linestyle=dashes, zorder=2 + index % 2
+        )
+        style = {"marker": marker, "linestyle": "none", "color": line.get_color(), "markerfacecolor": "none", "label": method}
+        axes.plot([row["mbit_per_s"] for row in mine], [row["measured"]["utilisation"] for row in mine], **style)
+    model = f"{options.params / 1e6:g} M parameters, steps of {options.step_s:g} s, H = {H}, P = {P}"
     axes.set(xscale="log", xlabel="link, Mbit/s", ylabel="part of the time that is training", ylim=(0, 1.05))
+    axes.set_title(f"Two islands, {model}: points measured, lines predicted", fontsize="medium")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
 
@@ -309,7 +318,7 @@ def main() -> int:
         }
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
     if options.plot:
-        plot(rows, options.plot)
+        plot(rows, options, options.plot)
     return 0
 
 

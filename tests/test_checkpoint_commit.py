@@ -27,8 +27,8 @@ from factory_train.run_dir import Attempt, RunDir
     ("mode", "world", "strategy"),
     [
         ("sync", 1, "single"),
-        ("async", 4, "ddp4"),
-        pytest.param("async", 1, "single", marks=pytest.mark.long),
+        ("async", 1, "single"),
+        pytest.param("async", 4, "ddp4", marks=pytest.mark.long),
         pytest.param("sync", 4, "ddp4", marks=pytest.mark.long),
     ],
 )

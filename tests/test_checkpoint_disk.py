@@ -123,6 +123,7 @@ def test_a_folder_whose_permission_is_lost_costs_one_save(tmp_path: Path, tmp_pa
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_disk_that_is_full_for_a_while_ends_no_run_and_loses_no_row(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(Path(subprocess.__file__).read_text())
     with small_disk(tmp_path / "disk", "90m") as disk:

@@ -135,6 +135,7 @@ def test_a_late_island_is_left_behind_and_joins_again(tmp_path: Path) -> None:
     print(f"the others waited {longest:.2f} s at most")
 
 
+@pytest.mark.long
 def test_a_crash_of_the_coordinator_is_noticed_by_its_silence(tmp_path: Path) -> None:
     # Whoever was there first coordinates.
     cfg = config(islands=3, silence_s=SILENT_S)

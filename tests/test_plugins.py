@@ -101,6 +101,7 @@ def test_a_run_whose_plugin_is_not_here_says_what_is_missing(trained: RunDir, tm
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_training_minimises_the_named_loss_and_validation_stays_the_cross_entropy(tmp_path: Path) -> None:
     (tmp_path / "tripled.py").write_text(
         "from factory_train.loss import summed_cross_entropy\n"

@@ -88,6 +88,7 @@ def test_a_cluster_with_a_token_takes_nothing_from_who_does_not_have_it(
     assert not (folder / "runs" / "llama_fsdp-stranger").exists()
 
 
+@pytest.mark.long
 def test_a_second_job_waits_and_says_so_and_stop_and_resume_work_from_a_new_shell(
     cluster: Cluster, undisturbed: RunDir, folder: Path
 ) -> None:

@@ -178,6 +178,7 @@ print(attempt.events()[0]["event"], attempt.events()[0]["step"], run.metrics()[-
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_run_resumes_while_everything_that_unpickles_raises(folder: Path) -> None:
     settings = ("parallel=single", "launcher.tasks_per_node=1", "train.steps=4")
     done = command.run(*words("unpickled", *settings), cwd=folder)

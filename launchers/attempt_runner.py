@@ -249,11 +249,9 @@ class AttemptRunner(ABC):
         if about.verdict() is not None or (code == 0 and (about.launch / f"{stage}.done").exists()):
             return None
         if code == ExitCode.PREEMPTED and stage != "train":
-            return (
-                self._unsaved(stage, told)
-                if told
-                else End("preempted", ExitCode.PREEMPTED, f"asked to stop by a signal in stage '{stage}'")
-            )
+            if told is not None:
+                return self._unsaved(stage, told)
+            return End("preempted", ExitCode.PREEMPTED, f"asked to stop by a signal in stage '{stage}'")
         error = about.error()
         if error is None:
             if told is not None:

@@ -96,7 +96,7 @@ def test_what_members_have_waited_counts_against_the_grace_time() -> None:
     assert scene.decisions(0.0)["a"] == Decision()
     # b may have noticed with the others, a moment later.
     assert scene.decisions(2.0)["a"] == Decision()
-    decision = scene.decisions(1.0)["a"]
+    decision = scene.decisions(1.5)["a"]
     assert decision.survivors == ("a", "c")
     assert decision.lost == {"b": "late"}
 

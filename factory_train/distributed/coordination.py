@@ -19,6 +19,15 @@ from factory_train.distributed.board import BROKEN, JOINING, LEFT, Beat, Epoch, 
 
 # Whoever has not found out by then whom it reaches counts as one that reaches all.
 ASKING_S = 10.0
+# To find out, an island waits for answers (`reach.HAIL_S`), and signs of life go back and forth.
+_FINDING_OUT_S = 3.0
+# Where the grace time is short, no more than this part of it.
+_MOST_OF_GRACE = 0.25
+
+
+def finding_out_s(grace_s: float) -> float:
+    """Returns what part of a grace time is kept for finding out what has happened, in seconds: a round fails so long before its end."""
+    return min(_FINDING_OUT_S, _MOST_OF_GRACE * grace_s)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Rules:
     @property
     def settle_s(self) -> float:
         """How long those that noticed a failure are given to say so, however long they have waited before."""
-        return self.grace_s / 8
+        return finding_out_s(self.grace_s)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from factory_train.distributed.board import BROKEN, JOINING, MEMBER, Board, Epoch
+from factory_train.distributed.coordination import finding_out_s
 from factory_train.distributed.encoded_reduce import Notice, Reduced, RoundFailedError
+from factory_train.distributed.fingerprints import Fingerprints, check_same
 from factory_train.distributed.flight import Arrival, Flight, UnderWay, Waiting
 from factory_train.distributed.gang import Copies, Gang
 from factory_train.distributed.gloo_wire import GlooWire
@@ -71,7 +73,7 @@ class Exchange:
         self.epoch: Epoch | None = None
         # The last round that was applied, and the step it was applied at.
         self.completed, self.step, self._fragment = -1, 0, 0
-        self._prints: list[int | torch.Tensor | None] = [0] * len(state)
+        self._prints = Fingerprints(state)
 
     # Beginning
 
@@ -101,7 +103,7 @@ class Exchange:
     def restart_at(self, completed: int, step: int) -> None:
         """Notes where the state is that was loaded, and takes its fingerprints."""
         self.completed, self.step = completed, step
-        self._prints = [*map(self._state.fingerprint, range(len(self._state)))]
+        self._prints.take_all()
 
     def join_again(self, load: Callable[[Epoch], None]) -> Epoch:
         """Joins after the others have gone on alone; what was under way is dropped."""
@@ -178,7 +180,7 @@ class Exchange:
         self.completed, self._fragment = number, fragment
         if prints is not None:
             # Read when the next round is sent: now the host would wait for the device.
-            self._prints[fragment] = prints if prints.numel() else None
+            self._prints.note(fragment, prints)
         self._under_way = None
         self._tell(number=number, step=self.step)
 
@@ -214,7 +216,7 @@ class Exchange:
                 return
             theirs = torch.empty(self._wire.size, 8, dtype=torch.uint8)
             try:
-                self._wire.all_gather(theirs, torch.tensor([self._fingerprint()], dtype=torch.int64).view(torch.uint8))
+                self._wire.all_gather(theirs, torch.tensor([self._prints.total()], dtype=torch.int64).view(torch.uint8))
             except RuntimeError:
                 # Islands that are gone by now have nothing to say; the others ended with the same round.
                 return
@@ -280,16 +282,21 @@ class Exchange:
             try:
                 grace = datetime.timedelta(seconds=self._grace_s)
                 store = self._board.store(epoch, self._gang.rank, grace)
+                # A member that comes later than this, but within the grace time, finds the others waiting for a new epoch with it.
+                silent = grace - datetime.timedelta(seconds=finding_out_s(self._grace_s))
                 # What makes a member late where all begin, its checkpoint, it has behind it where an epoch follows another.
-                self._wire = GlooWire(store, epoch.place(self.island), len(epoch.members), grace, grace if epoch.cold else grace / 2)
+                self._wire = GlooWire(store, epoch.place(self.island), len(epoch.members), silent, grace if epoch.cold else grace / 2)
                 self._bytes_before = 0
                 mine = self._under_way
                 due = (mine.number, mine.fragment) if mine else None
-                stand = Standing(self.island, self.completed, self._last, due, self._state, self._print_of)
+                stand = Standing(self.island, self.completed, self._last, due, self._state, self._prints.of)
                 caught = catch_up(stand, epoch, self._wire)
                 if mine is not None and caught is not None:
                     mine.caught = caught
             except (RuntimeError, RoundFailedError) as error:
+                if self._wire is not None:
+                    # Other ranks of the island may take longer; members that wait for this one need not.
+                    self._wire.close()
                 return str(error)
             return None
 
@@ -314,9 +321,8 @@ class Exchange:
 
         def notice() -> Notice:
             weight = mine.weight if encoded.is_finite() else 0.0
-            # The bits as they are now, not as they were noted: memory can go wrong too.
-            self._prints[mine.fragment] = self._state.fingerprint(mine.fragment)
-            return Notice(epoch, mine.number, mine.fragment, mine.flags, weight, self._fingerprint())
+            self._prints.take(mine.fragment)
+            return Notice(epoch, mine.number, mine.fragment, mine.flags, weight, self._prints.total())
 
         mine.flight = Flight(self._wire, notice, encoded, self._state.format, self._state.device, self._thread)
 
@@ -362,27 +368,8 @@ class Exchange:
         return None
 
     def _compare(self, prints: Sequence[int]) -> None:
-        if len(set(prints)) == 1:
-            return
         assert self.epoch is not None
-        camps: dict[int, list[str]] = {}
-        for name, value in zip(sorted(self.epoch.members), prints, strict=True):
-            camps.setdefault(value, []).append(name)
-        camps_text = " against ".join(", ".join(names) for names in sorted(camps.values(), key=len, reverse=True))
-        raise IntegrityError(
-            f"the outer parameters of the islands differ after round {self.completed}: {camps_text}",
-            where=f"fragment {self._fragment}, step {self.step}",
-            fix="resume from the last checkpoint; if it happens again, look for a machine with bad memory among the fewer",
-        )
-
-    def _fingerprint(self) -> int:
-        total = sum(map(self._print_of, range(len(self._prints)))) & (2**64 - 1)
-        return total - 2**64 if total >= 2**63 else total
-
-    def _print_of(self, fragment: int) -> int:
-        if (found := self._prints[fragment]) is None:
-            return self._state.fingerprint(fragment)
-        return int(found.sum().item()) if isinstance(found, torch.Tensor) else found
+        check_same(prints, sorted(self.epoch.members), f"round {self.completed}", f"fragment {self._fragment}, step {self.step}")
 
     def _await_membership(self, after: int) -> Epoch:
         return self._members().await_membership(after)

@@ -43,6 +43,8 @@ class Flight:
             with torch.no_grad():
                 self._reduced = reduce_round(wire, notice(), encoded.codes, encoded.scales, format, device)
         except Exception as error:
+            # Members that wait for this one, and not for the one that is gone, need not wait any longer.
+            wire.close()
             # Its traceback would keep the tensors of all frames.
             self._failure = error.with_traceback(None)
         self.took_s = time.monotonic() - began

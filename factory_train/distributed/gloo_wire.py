@@ -60,6 +60,7 @@ class GlooWire:
         # What this rank sent to others, in bytes.
         self.bytes_sent = 0
         self._rooms: dict[str, torch.Tensor] = {}
+        self._is_closed = False
         # The group holds on to its C++ half only; one made in Python must not lose the other.
         self._store = store
         if size > 1:
@@ -72,7 +73,7 @@ class GlooWire:
 
     def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts]) -> None:
         """See `encoded_reduce.Wire`."""
-        if (group := self._group) is None:
+        if (group := self._open()) is None:
             return
         others = [member for member in range(self.size) if member != self.rank]
         # Nothing is copied together: each part goes from where it is to where it is wanted, in their order.
@@ -84,10 +85,10 @@ class GlooWire:
 
     def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """See `encoded_reduce.Wire`."""
-        if self._group is None:
+        if (group := self._open()) is None:
             received[0].copy_(sent)
             return
-        self._group._allgather_base(received.view(-1), sent).wait()
+        group._allgather_base(received.view(-1), sent).wait()
         self.bytes_sent += sent.nbytes * (self.size - 1)
 
     def room(self, what: str, size: int) -> torch.Tensor:
@@ -99,18 +100,28 @@ class GlooWire:
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Sends a tensor to one member, who calls `receive`."""
-        assert self._group is not None
-        self._group.send([tensor], to, 0).wait()
+        self._open().send([tensor], to, 0).wait()
         self.bytes_sent += tensor.nbytes
 
     def receive(self, tensor: torch.Tensor, sender: int) -> None:
         """Fills a tensor with what `sender` sent."""
-        assert self._group is not None
-        self._group.recv([tensor], sender, 0).wait()
+        self._open().recv([tensor], sender, 0).wait()
 
     def close(self) -> None:
-        """Ends the group: members that wait for this one find out at once."""
-        if self._group is not None:
+        """Ends the group: members that wait for this one find out at once, and so does who still uses it here. May be called twice."""
+        self._is_closed = True
+        group, self._group = self._group, None
+        if group is not None:
             with contextlib.suppress(RuntimeError):
-                self._group.abort()
-            self._group = None
+                group.abort()
+
+    def _open(self) -> Any:
+        """Returns the group; None where there is only this member.
+
+        Raises:
+            RuntimeError: the wire was closed.
+        """
+        group = self._group
+        if self._is_closed:
+            raise RuntimeError("the wire is closed")
+        return group

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Board, Epoch, Lease
-from factory_train.distributed.coordination import Coordination, Decision, Rules, View
-from factory_train.distributed.reach import Reach
+from factory_train.distributed.coordination import Coordination, Decision, Rules, View, finding_out_s
+from factory_train.distributed.reach import HAIL_S, Reach
 from factory_train.errors import ConfigError, FactoryTrainError
 
 # Signs of life in one `silence_s`.
 _BEATS_IN_SILENCE = 8
 _LONGEST_BEAT_S = 1.0
-# While an island waits for the others, it gives signs and looks for theirs more often.
-_WAITING_BEAT_S = 0.25
+# While an island waits for the others, it gives signs and looks for theirs more often; most of all where training waits.
+_WAITING_BEAT_S = {JOINING: 0.25, BROKEN: 0.1}
 _LOOK_EVERY_S = 0.02
 # So many grace times an island that needs the board waits for one that cannot be reached.
 AWAY_GRACES = 5.0
@@ -67,7 +67,7 @@ class Membership:
 
     def __init__(self, board: Board, rules: Rules, beat: Beat, planner: Planner, record: Callable[..., None]) -> None:
         self._board, self._rules, self._planner, self._record = board, rules, planner, record
-        self._reach = Reach(beat.island)
+        self._reach = Reach(beat.island, min(HAIL_S, finding_out_s(rules.grace_s) / 2))
         self._beat, self._lock, self._writing = replace(beat, address=self._reach.address), threading.Lock(), threading.Lock()
         self._coordination = Coordination(rules, beat.island, beat.incarnation)
         self._waits_since = 0.0
@@ -77,7 +77,7 @@ class Membership:
         self._decision = Decision()
         self._seen: Epoch | None = None
         self._failure: Exception | None = None
-        self._closed = threading.Event()
+        self._closed, self._woken = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-membership", daemon=True)
         self._thread.start()
 
@@ -96,6 +96,7 @@ class Membership:
             # Where the board cannot be reached, the next sign of life says it.
             with contextlib.suppress(OSError):
                 self._write_beat()
+            self._woken.set()
 
     def newest(self) -> Epoch | None:
         """Returns the newest epoch as it was last seen: training does not wait for a filesystem to ask."""
@@ -167,6 +168,7 @@ class Membership:
         """Leaves: the others need not wait for this island. May be called twice."""
         if not self._closed.is_set():
             self._closed.set()
+            self._woken.set()
             self._thread.join()
             self.tell(state=LEFT)
             self._reach.close()
@@ -174,7 +176,11 @@ class Membership:
     # The thread
 
     def _run(self) -> None:
-        while not self._closed.wait(self._until_next_beat_s()):
+        while True:
+            self._woken.wait(self._until_next_beat_s())
+            self._woken.clear()
+            if self._closed.is_set():
+                return
             try:
                 with self._lock:
                     self._beat = replace(self._beat, count=self._beat.count + 1)
@@ -190,7 +196,7 @@ class Membership:
                 return
 
     def _until_next_beat_s(self) -> float:
-        longest_s = _LONGEST_BEAT_S if self._beat.state == MEMBER else _WAITING_BEAT_S
+        longest_s = _WAITING_BEAT_S.get(self._beat.state, _LONGEST_BEAT_S)
         return min(longest_s, self._rules.silence_s / _BEATS_IN_SILENCE)
 
     def _write_beat(self) -> None:

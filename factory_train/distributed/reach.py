@@ -24,10 +24,11 @@ class Reach:
 
     Args:
         name: what it answers.
+        hail_s: how long another may take to answer.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name.encode()
+    def __init__(self, name: str, hail_s: float = HAIL_S) -> None:
+        self._name, self._hail_s = name.encode(), hail_s
         host, known_as = _host()
         self._server = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         # Where the others hail this island.
@@ -57,7 +58,7 @@ class Reach:
     def hail(self, name: str, address: str) -> bool:
         """Returns whether the island `name` answers at an address."""
         host, _, port = address.rpartition(":")
-        with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), HAIL_S) as connection:
+        with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), self._hail_s) as connection:
             return connection.recv(_LONGEST_NAME) == name.encode()
         return False
 

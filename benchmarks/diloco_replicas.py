@@ -145,9 +145,10 @@ class Ours:
         sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         fragments = names_by_fragment(assign_fragments(sizes, of_islands.fragments, of_islands.pattern), sizes)
         self._state = OuterState(parameters, fragments, of_islands.payload, error_feedback=of_islands.error_feedback)
-        self._schedule = Schedule(of_islands.fragments, H, of_islands.delay, steps)
+        self._schedule = Schedule(of_islands.fragments, of_islands.sync_every, of_islands.delay, steps)
         board, rules = open_board(folder, of_islands.rendezvous), Rules(ISLANDS, len(ISLANDS), PATIENCE_S, PATIENCE_S)
-        planner = Planner(lambda found: Start(0, Deal.opening(H, found).to_json(), tuple(found)), lambda epoch, *_: dict(epoch.deal), steps)
+        opening = Deal.opening(of_islands.sync_every, ISLANDS).to_json()
+        planner = Planner(lambda found: Start(0, opening, tuple(found)), lambda epoch, *_: dict(epoch.deal), steps)
         membership = Membership(board, rules, Beat(island, 1), planner, lambda kind, **facts: None)
         exchange = Exchange(island, 1, Ranks(0, 1), Copies(), board, membership, self._state, PATIENCE_S)
         self._loop = OuterLoop(
@@ -213,7 +214,7 @@ class Torchft:
             connect_timeout=patience,
         )
         outer = torch.optim.SGD(self._module.parameters(), lr=self._cfg.outer_lr, momentum=self._cfg.outer_momentum, nesterov=True)
-        self._loop = DiLoCo(self._manager, [self._module], self._steps, outer, sync_every=H, pin_memory=False)
+        self._loop = DiLoCo(self._manager, [self._module], self._steps, outer, sync_every=self._cfg.sync_every, pin_memory=False)
         self._loop.__enter__()
 
     def is_due(self, step: int) -> bool:
@@ -221,7 +222,7 @@ class Torchft:
 
     def after_step(self, step: int) -> None:
         self._steps.step()
-        assert self._manager.current_step() == step // H, "a synchronisation did not count"
+        assert self._manager.current_step() == step // self._cfg.sync_every, "a synchronisation did not count"
 
     def result(self) -> dict[str, torch.Tensor]:
         # At the steps at which it is asked, inner and outer parameters are the same.
@@ -287,7 +288,7 @@ def _data(cfg: Config, cache: Path) -> tuple[Callable[[int], tuple[Any, Any]], t
     dataset = prepare(cfg.data, cache, lambda message: None)
     rows = cfg.train.global_batch_tokens // cfg.train.seq_len
     samples = training_samples(cfg, cache, dataset, rows)
-    deal = Deal.opening(H, ISLANDS)
+    deal = Deal.opening(cfg.diloco.sync_every, ISLANDS)
 
     def stacked(found: Iterable[Any], shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = [(row.tokens_T, row.targets_T) for row in found]

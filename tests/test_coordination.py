@@ -179,7 +179,7 @@ def test_a_part_below_the_quorum_waits_for_the_link() -> None:
 
 
 def test_an_island_is_reached_under_its_own_name_only_and_as_long_as_it_is_there() -> None:
-    here, there = Reach("a"), Reach("b")
+    here, there = Reach("a", 2.0), Reach("b", 2.0)
     try:
 
         def answers(**others: str) -> tuple[str, ...]:

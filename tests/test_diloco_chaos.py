@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ def links(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Links:
 
 
 FAULTY = "plugins=[faulty_links]"
+# From here on the run goes slowly until all faults are over.
+CRAWL_AT = 400
 
 
 @pytest.fixture
@@ -168,6 +171,11 @@ class Chaos:
                     longest = max(longest, 0.0 if left or stopped else end - start)
         return longest
 
+    def usual_step(self) -> float:
+        """The median time between two steps before the crawl began, in seconds."""
+        times = [[row["time"] for row in rows if row["step"] < CRAWL_AT] for island in self.islands for rows in self.rows(island, "train")]
+        return statistics.median(end - start for rows in times for start, end in itertools.pairwise(rows))
+
     def loss(self) -> float:
         return json.loads(next(iter(self.run.evaluation.glob("*.json"))).read_text())["loss"]
 
@@ -244,7 +252,7 @@ def test_random_faults(begin: Callable[..., Chaos], links: Links) -> None:
     rng = random.Random(seed)
     print(f"CHAOS_SEED={seed}")
     steps, grace_s = 500, 8.0
-    links.set(pace_s=0.2, crawl=[400, 3.0], absent=["island-2"])
+    links.set(pace_s=0.2, crawl=[CRAWL_AT, 3.0], absent=["island-2"])
     chaos = begin("chaos", steps, 3, f"diloco.grace_s={grace_s}", "checkpoint.every_steps=20", FAULTY)
     joins_at = rng.randrange(10, 40)
     chaos.until(lambda: chaos.step("island-0") > joins_at, "two islands begin")
@@ -275,10 +283,11 @@ def test_random_faults(begin: Callable[..., Chaos], links: Links) -> None:
     links.set(pace_s=0.0, crawl=None)
     chaos.wait(1500)
     chaos.check_end()
+    print(f"grace time {grace_s:g} s; a step while there were faults: {chaos.usual_step():.2f} s")
     # The rest is for a machine that others keep busy.
-    assert chaos.longest_wait() <= 2 * grace_s + 5.0
+    assert chaos.longest_wait() <= grace_s + 5.0
     losses = []
-    for other in range(3):
+    for other in range(8):
         clean = begin(f"clean{other}", steps, 3, f"train.seed={1234 + other}")
         clean.wait(1500)
         losses.append(clean.loss())

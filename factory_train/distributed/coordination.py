@@ -19,8 +19,9 @@ from factory_train.distributed.board import BROKEN, JOINING, LEFT, Beat, Epoch, 
 
 # Whoever has not found out by then whom it reaches counts as one that reaches all.
 ASKING_S = 10.0
-# To find out, an island waits for answers (`reach.HAIL_S`), and signs of life go back and forth.
-_FINDING_OUT_S = 3.0
+_FINDING_OUT_S = 4.0
+# Parts of it: answers to hails are awaited for half of it, signs of life of others that noticed for so long, and at its end members meet.
+_SETTLING, _MEETING = 3 / 4, 1 / 8
 # Where the grace time is short, no more than this part of it.
 _MOST_OF_GRACE = 0.25
 
@@ -49,7 +50,12 @@ class Rules:
     @property
     def settle_s(self) -> float:
         """How long those that noticed a failure are given to say so, however long they have waited before."""
-        return finding_out_s(self.grace_s)
+        return _SETTLING * finding_out_s(self.grace_s)
+
+    @property
+    def patience_s(self) -> float:
+        """How long those that wait do so before they give others up: members meet again within the grace time then."""
+        return self.grace_s - _MEETING * finding_out_s(self.grace_s)
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ class Coordination:
         if self._failed is None or self._failed[0] != epoch.number:
             self._failed = epoch.number, view.now, waits_since
         _, seen_at, waits_since = self._failed = (*self._failed[:2], min(self._failed[2], waits_since))
-        patient = view.now - waits_since <= self._rules.grace_s or view.now - seen_at <= self._rules.settle_s
+        patient = view.now - waits_since <= self._rules.patience_s or view.now - seen_at <= self._rules.settle_s
         late = [name for name in members if name not in broken]
         if late and patient:
             return Decision()

@@ -11,7 +11,7 @@ from typing import Any
 
 from factory_train.distributed.board import BROKEN, JOINING, LEFT, MEMBER, Beat, Board, Epoch, Lease
 from factory_train.distributed.coordination import Coordination, Decision, Rules, View, finding_out_s
-from factory_train.distributed.reach import HAIL_S, Reach
+from factory_train.distributed.reach import Reach
 from factory_train.errors import ConfigError, FactoryTrainError
 
 # Signs of life in one `silence_s`.
@@ -67,7 +67,7 @@ class Membership:
 
     def __init__(self, board: Board, rules: Rules, beat: Beat, planner: Planner, record: Callable[..., None]) -> None:
         self._board, self._rules, self._planner, self._record = board, rules, planner, record
-        self._reach = Reach(beat.island, min(HAIL_S, finding_out_s(rules.grace_s) / 2))
+        self._reach = Reach(beat.island, finding_out_s(rules.grace_s) / 2)
         self._beat, self._lock, self._writing = replace(beat, address=self._reach.address), threading.Lock(), threading.Lock()
         self._coordination = Coordination(rules, beat.island, beat.incarnation)
         self._waits_since = 0.0

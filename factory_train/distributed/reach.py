@@ -13,8 +13,6 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
-# An island that does not answer in this time cannot be reached.
-HAIL_S = 2.0
 _MOST_AT_ONCE = 8
 _LONGEST_NAME = 256
 
@@ -24,10 +22,10 @@ class Reach:
 
     Args:
         name: what it answers.
-        hail_s: how long another may take to answer.
+        hail_s: an island that does not answer in this time cannot be reached.
     """
 
-    def __init__(self, name: str, hail_s: float = HAIL_S) -> None:
+    def __init__(self, name: str, hail_s: float) -> None:
         self._name, self._hail_s = name.encode(), hail_s
         host, known_as = _host()
         self._server = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -52,6 +52,13 @@ def num_attempts(run: RunDir, island: str) -> int:
     return len(home.attempt_numbers()) if home.path.is_dir() else 0
 
 
+def is_given_up(run: RunDir, island: str) -> bool:
+    """Returns whether its launcher has said that it does not start it any more."""
+    attempt = island_run(run, island).last_attempt()
+    verdict = attempt.verdict() if attempt else None
+    return verdict is not None and "not tried again" in verdict.reason
+
+
 def is_member(run: RunDir, island: str) -> bool:
     """Returns whether the newest attempt of an island takes part."""
     board = FolderBoard(exchange_folder(run))

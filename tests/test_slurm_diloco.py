@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import command
 import pytest
 import slurm_cluster
-from island_runs import check_agreement, check_same, is_member, num_attempts, step_of, told_by_all
+from island_runs import check_agreement, check_same, is_given_up, is_member, num_attempts, step_of, told_by_all
 from slurm_cluster import text_file, until, workers
 
 from factory_train.checkpoint.catalog import list_checkpoints
@@ -191,7 +191,7 @@ def test_an_island_whose_node_is_lost_takes_no_other_with_it(cluster: Cluster, f
         else:
             # It cannot return: its node has left the job.
             given_up = step_of(run, "island-0")
-            until(lambda: num_attempts(run, "island-1") == 3 and step_of(run, "island-0") > given_up + 50, 240, lambda: told_by_all(run))
+            until(lambda: is_given_up(run, "island-1") and step_of(run, "island-0") > given_up + 50, 240, lambda: told_by_all(run))
             assert command.run("stop", run.name, cwd=folder).returncode == 0
     finally:
         cluster.script("start-node", lost)

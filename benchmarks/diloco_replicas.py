@@ -81,10 +81,12 @@ class Replicas:
 
     Args:
         cfgs: of each.
+        embedding: by how much more the embedding of each learns.
     """
 
-    def __init__(self, cfgs: list[Config]) -> None:
+    def __init__(self, cfgs: list[Config], embedding: list[float]) -> None:
         self._cfgs = cfgs
+        self._factors = torch.tensor(embedding)[:, None]
         with torch.device("meta"):
             model = build_model(cfgs[0].model, cfgs[0].data.vocab_size)
         self._module = parallelize(model, None, cfgs[0], torch.device("cpu")).module  # type: ignore[arg-type]
@@ -92,6 +94,7 @@ class Replicas:
         # AdamW decays matrices only: they come first, so that a row is two tensors to it.
         self.shapes = {name: named[name].shape for name in sorted(named, key=lambda name: named[name].ndim < 2)}
         self._sizes = [shape.numel() for shape in self.shapes.values()]
+        assert next(iter(self.shapes)) == "tok_embeddings.weight"
         self._decayed = sum(shape.numel() for shape in self.shapes.values() if len(shape) >= 2)
         beginning = torch.cat([named[name].detach().flatten() for name in self.shapes])
         self.matrix = beginning.repeat(len(cfgs), 1).requires_grad_()
@@ -130,11 +133,15 @@ class Replicas:
         assert grads is not None
         for some in averaged:
             grads[some] = grads[some].mean(dim=0)
+        whole = self.matrix.detach()[:, : self._sizes[0]]
+        before = whole.clone()
         norms = grads.double().square().sum(dim=1).sqrt()
         for row, optimizer, cfg, grad, norm in zip(self._rows, self._optimizers, self._cfgs, grads, norms, strict=True):
             for parameter, part in zip(row, self._halves(grad), strict=True):
                 parameter.grad = part
             optimizer.step(lr=learning_rate(step, cfg.train.steps, cfg.optim), grad_norm=norm, skip=torch.zeros(()))
+        if (self._factors != 1).any():
+            whole += (self._factors - 1) * (whole - before)
 
 
 class Ours:
@@ -232,16 +239,19 @@ class Torchft:
         self._manager.shutdown(wait=False)
 
 
-def simulate(seed: int, steps: int, runs: list[tuple[str, str, float]], cache: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
+def simulate(
+    seed: int, steps: int, runs: list[tuple[str, str, float]], cache: Path, overrides: list[str], embedding: list[float] | None = None
+) -> dict[str, dict[str, float]]:
     """Trains all runs of a seed and returns their validation losses by step: of outer parameters, where there are such.
 
     Args:
         runs: (label, method, learning rate).
         cache: of prepared data.
+        embedding: by how much more the embedding of each run learns; nothing for as much as the rest.
     """
     torch.set_num_threads(1)
     cfgs = [configuration(method, rate, seed, steps, overrides) for _, method, rate in runs]
-    replicas = Replicas([cfg for cfg in cfgs for _ in ISLANDS])
+    replicas = Replicas([cfg for cfg in cfgs for _ in ISLANDS], [factor for factor in embedding or [1.0] * len(runs) for _ in ISLANDS])
     batches, validation = _data(replace(cfgs[0], diloco=replace(cfgs[0].diloco, islands=0)), cache)
     alone = [method == "data-parallel" for _, method, _ in runs]
     places = [slice(2 * number, 2 * number + 2) for number in range(len(runs))]

@@ -202,6 +202,24 @@ def test_an_island_whose_node_is_lost_takes_no_other_with_it(cluster: Cluster, f
 
 
 @pytest.mark.long
+def test_when_the_first_node_of_a_job_is_lost_all_its_islands_begin_again(cluster: Cluster, folder: Path) -> None:
+    """Their launcher was there: Slurm puts the job back into its queue."""
+    run = submit(folder, "lost-first", *ON_SLURM, *ON_ONE_NODE, "launcher.island_jobs=one", *ENDLESS)
+    training(run, above=40)
+    (first,) = nodes(run, "island-0")
+    cluster.script("kill-node", first, "now")
+    try:
+        until(lambda: all(num_attempts(run, island) >= 2 for island in ISLANDS), 300, lambda: told_by_all(run))
+        training(run)
+        assert first not in nodes(run, "island-0") + nodes(run, "island-1")
+        stop(run, folder)
+    finally:
+        cluster.script("start-node", first)
+    assert len(run.attempts()) == 2
+    assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) is not None
+
+
+@pytest.mark.long
 def test_islands_on_one_node_have_cards_of_their_own(cluster: Cluster, folder: Path) -> None:
     shared = ("launcher.islands_per_node=2", "launcher.gpus_per_node=4", "hardware.device=cpu")
     run = submit(folder, "shared", *ON_SLURM, *ON_ONE_NODE, *shared, "train.steps=400")

@@ -156,6 +156,16 @@ def job_state(job_id: str) -> str | None:
     return found.group(1) if found else None
 
 
+def running_on(job_id: str) -> list[str] | None:
+    """Returns the nodes of a job that runs; None where it does not, or Slurm does not answer."""
+    try:
+        words = run("scontrol", "--oneliner", "show", "job", job_id)
+    except UnavailableError:
+        return None
+    found = re.search(r"\bNodeList=(\S+)", words)
+    return host_names(found.group(1)) if found and re.search(r"\bJobState=RUNNING\b", words) else None
+
+
 def end_time(job_id: str) -> float | None:
     """Returns when Slurm will end a running job, in seconds since the epoch; None without a limit."""
     try:

@@ -20,6 +20,7 @@ from factory_train.launchers.child import Child
 from factory_train.launchers.environment import child_environ
 from factory_train.launchers.fabric import fabric_environ
 from factory_train.launchers.job import MAIN_GANG, WorkerEnv
+from factory_train.launchers.slurm_first_node import FirstNode
 from factory_train.launchers.slurm_islands import own_cards
 
 # Passed on to the worker. Slurm sends them to every process of a step, or to this one alone: twice is as good as once.
@@ -78,7 +79,11 @@ def main() -> int:
         signal.signal(signum, pass_on)
     for number in early[:]:
         child.signal(number)
+    # Islands that share a job, and their launcher on its first node.
+    first_node = FirstNode(attempt, os.environ["SLURM_JOB_ID"]) if share and stage == "train" and worker.rank == 0 else None
     while child.process.poll() is None:
+        if first_node is not None:
+            first_node.look()
         time.sleep(0.05)
     child.sweep()
     code = child.process.returncode

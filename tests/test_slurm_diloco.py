@@ -202,21 +202,29 @@ def test_an_island_whose_node_is_lost_takes_no_other_with_it(cluster: Cluster, f
 
 
 @pytest.mark.long
-def test_when_the_first_node_of_a_job_is_lost_all_its_islands_begin_again(cluster: Cluster, folder: Path) -> None:
-    """Their launcher was there: Slurm puts the job back into its queue."""
-    run = submit(folder, "lost-first", *ON_SLURM, *ON_ONE_NODE, "launcher.island_jobs=one", *ENDLESS)
+@pytest.mark.parametrize("how", ["requeue", "never"])
+def test_a_job_of_islands_whose_first_node_is_lost_begins_again_or_ends(cluster: Cluster, folder: Path, how: str) -> None:
+    """Their launcher was there; Slurm itself lets what is left go on."""
+    run = submit(folder, f"lost-first-{how}", *ON_SLURM, *ON_ONE_NODE, "launcher.island_jobs=one", f"launcher.requeue={how}", *ENDLESS)
     training(run, above=40)
     (first,) = nodes(run, "island-0")
     cluster.script("kill-node", first, "now")
     try:
-        until(lambda: all(num_attempts(run, island) >= 2 for island in ISLANDS), 300, lambda: told_by_all(run))
-        training(run)
-        assert first not in nodes(run, "island-0") + nodes(run, "island-1")
-        stop(run, folder)
+        if how == "requeue":
+            until(lambda: all(num_attempts(run, island) >= 2 for island in ISLANDS), 300, lambda: told_by_all(run))
+            training(run)
+            assert first not in nodes(run, "island-0") + nodes(run, "island-1")
+            stop(run, folder)
+            assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) is not None
+        else:
+            until(lambda: not cluster.slurm("squeue", "--noheader", f"--name={run.name}").strip(), 300, lambda: told_by_all(run))
     finally:
         cluster.script("start-node", first)
-    assert len(run.attempts()) == 2
-    assert begun_from(run, "island-0", 2) == begun_from(run, "island-1", 2) is not None
+    assert len(run.attempts()) == (2 if how == "requeue" else 1)
+    verdict = run.attempts()[0].verdict()
+    assert verdict is not None
+    assert verdict.outcome == "failed-transient"
+    assert verdict.reason == f"{first}, the first node of the job, was lost, and the launcher with it"
 
 
 @pytest.mark.long

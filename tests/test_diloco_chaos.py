@@ -104,23 +104,24 @@ class Chaos:
         epoch, beat = self.board.epoch(), self.board.beats().get(island)
         return epoch is not None and beat is not None and epoch.has(island, self.incarnation(island)) and beat.epoch == epoch.number
 
-    def rank(self, island: str) -> psutil.Process:
-        """The process of an island's only rank."""
+    def ranks(self, island: str) -> list[psutil.Process]:
+        """The processes of an island's ranks."""
         job = storage.read_json(island_run(self.run, island).last_attempt().job_path)
+        found = []
         for child in psutil.Process(job["pid"]).children():
             with contextlib.suppress(psutil.Error):
                 if "factory_train.worker" in " ".join(child.cmdline()):
-                    return child
-        raise AssertionError(f"{island} has no rank")
+                    found.append(child)
+        assert found, f"{island} has no rank"
+        return found
 
     def kill(self, island: str) -> None:
-        self.rank(island).send_signal(signal.SIGKILL)
+        self.ranks(island)[0].send_signal(signal.SIGKILL)
 
     @contextlib.contextmanager
     def stopped(self, island: str) -> Iterator[None]:
         """Stops an island and everything it has started."""
-        rank = self.rank(island)
-        family = [rank, *rank.children(recursive=True)]
+        family = [process for rank in self.ranks(island) for process in (rank, *rank.children(recursive=True))]
         for process in family:
             process.send_signal(signal.SIGSTOP)
         began = time.time()
@@ -238,6 +239,24 @@ def test_killed_and_cut_off_islands_return_and_the_coordinators_too(begin: Calla
     assert len(chaos.events("diloco-joined")) >= 2
     assert len(chaos.events("diloco-coordinator")) >= 2
     assert any("cannot reach all others" in event["message"] for event in chaos.events("diloco-epoch"))
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+def test_no_rank_waits_for_a_stopped_island_as_long_as_for_one_that_lives(begin: Callable[..., Chaos], links: Links) -> None:
+    """The grace time is longer than the test: what ends the waiting is that the island gives no sign, which every rank has to learn."""
+    links.set(pace_s=0.05)
+    chaos = begin("silent", 600, 2, "launcher.tasks_per_node=2", "diloco.grace_s=1000", "diloco.silence_s=6", FAULTY)
+    chaos.until(lambda: chaos.all_back() and min(map(chaos.step, chaos.islands)) > 20, "training begins")
+    with chaos.stopped("island-1"):
+        stopped_at = chaos.step("island-1")
+        chaos.until(lambda: chaos.step("island-0") > stopped_at + 60, "the other goes on alone")
+    chaos.until(chaos.all_back, "it returns")
+    links.set(pace_s=0.0)
+    chaos.wait()
+    chaos.check_end()
+    assert any("island-1 silent for 6 s" in event["message"] for event in chaos.events("diloco-epoch"))
+    assert len(chaos.events("diloco-joined")) == 1
 
 
 @pytest.mark.cluster

@@ -164,6 +164,28 @@ def test_a_crash_of_the_coordinator_is_noticed_by_its_silence(tmp_path: Path) ->
     assert all(len(toy.samples) == 60 for toy in others)
 
 
+def test_an_island_without_a_sign_of_life_is_waited_for_no_longer(tmp_path: Path) -> None:
+    """A machine without power closes no connection: the others must not wait as long as for an island that lives."""
+    cfg = config(islands=3, silence_s=SILENT_S, grace_s=600.0)
+    toys = [Toy(tmp_path, f"island-{index}", cfg, 60) for index in range(3)]
+    others_done = threading.Event()
+
+    def freeze(toy: Toy, step: int) -> None:
+        if step == 13:
+            toy.outer._exchange._membership._closed.set()
+            assert others_done.wait(300)
+            raise LeavesError
+
+    toys[1].before_step = freeze
+    frozen, *others = [start(toy, LeavesError) for toy in (toys[1], toys[0], toys[2])]
+    finish(*others)
+    others_done.set()
+    finish(frozen)
+    check_same(toys[0], toys[2])
+    assert [len(toy.samples) for toy in toys] == [60, 13, 60]
+    assert any("island-1 silent for 6 s" in row["message"] for toy in toys for row in toy.rows("diloco-epoch"))
+
+
 def test_fewer_than_the_quorum_do_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("factory_train.distributed.exchange.QUORUM_WAIT_GRACES", 1.0)
     cfg = config(islands=2, quorum=2, grace_s=1.0)

@@ -15,6 +15,7 @@ from factory_train.distributed.flight import Flight
 from factory_train.distributed.gloo_wire import GlooWire, Parts
 from factory_train.distributed.outer_state import Encoded
 
+CPU = torch.device("cpu")
 CODES = torch.zeros(6 * 4 * 256, dtype=torch.uint8)
 
 
@@ -45,10 +46,30 @@ def test_a_member_that_waits_for_one_that_has_failed_fails_with_it() -> None:
         kept.append(wire)
         with ThreadPoolExecutor(1) as thread:
             encoded = Encoded(CODES, *torch.empty(3, 0))
-            return Flight(wire, lambda: Notice(1, 4, 0, 0, 1.0, 7), encoded, "fp32", torch.device("cpu"), thread).arrive()
+            return Flight(wire, lambda: Notice(1, 4, 0, 0, 1.0, 7), encoded, "fp32", CPU, thread).arrive()
 
     outcomes = run_islands(3, work, 20.0, Parting)
     assert waits_for_results.is_set(), "member 0 was never at its second part"
     for outcome in outcomes:
         assert isinstance(outcome, RuntimeError)
         assert "timed out" not in str(outcome).lower()
+
+
+def test_whoever_closes_a_wire_ends_its_own_waiting_too() -> None:
+    """An island that leaves in the middle of a round must not stay until the round runs out of time."""
+    closed = threading.Event()
+
+    def work(wire: GlooWire) -> Reduced | Exception | None:
+        if wire.rank == 1:
+            assert closed.wait(30)
+            return None
+        with ThreadPoolExecutor(1) as thread:
+            flight = Flight(wire, lambda: Notice(1, 4, 0, 0, 1.0, 7), Encoded(CODES, *torch.empty(3, 0)), "fp32", CPU, thread)
+            assert not flight.is_over(0.5)
+            wire.close()
+            assert flight.is_over(30), "it still waits"
+            closed.set()
+            return flight.arrive()
+
+    outcome, _ = run_islands(2, work, 60.0)
+    assert isinstance(outcome, RuntimeError)

@@ -39,6 +39,7 @@ class Beat:
         address: where it can be hailed (`reach.Reach`).
         waited_s: how long training has waited, since before its round failed; 0 while none has.
         reaches: islands it found that it can reach since its state is what it is; None while it does not know.
+        gave_up: the newest epoch in which it no longer waits for the others, because one gives no sign of life; for its other ranks.
         outer: where islands have several run directories, the deals of the checkpoints of its own run, by step: it can begin there.
     """
 
@@ -54,6 +55,7 @@ class Beat:
     address: str = ""
     waited_s: float = 0.0
     reaches: Sequence[str] | None = None
+    gave_up: int = 0
     outer: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
 
@@ -150,6 +152,11 @@ class Board(ABC):
         """Returns the newest sign of every island that ever gave one."""
         found = self._records.all("beats")
         return {name: Beat(**{**value, "resumes": tuple(value["resumes"])}) for name, value in found.items()}
+
+    def has_given_up(self, island: str, incarnation: int, epoch: int) -> bool:
+        """Returns whether an island no longer waits for the others in an epoch."""
+        beat = self.beats().get(island)
+        return beat is not None and (beat.incarnation, beat.gave_up) == (incarnation, epoch)
 
     def write_stop(self, island: str, incarnation: int, told: Told) -> None:
         """Says that an island was told to stop."""

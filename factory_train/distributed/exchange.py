@@ -7,6 +7,7 @@ HSDP) only the first has one, and tells its copies.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ from factory_train.errors import FactoryTrainError, IntegrityError
 TURN_OVER = 1
 # So many grace times the islands that are left wait for enough others.
 QUORUM_WAIT_GRACES = 5.0
+# While training waits for a round, it asks whether all members are there.
+_LOOK_EVERY_S = 0.5
 
 
 class LeftBehindError(Exception):
@@ -85,7 +88,7 @@ class Exchange:
             load: fills the state where an epoch begins cold.
         """
         while True:
-            epoch = self._agree_on_epoch(functools.partial(self._await_membership, after))
+            epoch = self._agree_on_epoch(lambda after=after: self._members().await_membership(after))  # type: ignore[misc]
             after = epoch.number
             try:
                 if epoch.cold:
@@ -162,7 +165,7 @@ class Exchange:
             while True:
                 outcome: Reduced | Exception | None = mine.caught
                 if outcome is None and mine.flight is not None:
-                    outcome = mine.flight.arrive()
+                    outcome = self._await(mine.flight)
                 elif outcome is None and self._copies.is_first:
                     outcome = RoundFailedError("not sent")
                 failures = self._gang.agree("synchronising islands", functools.partial(self._problem, outcome))
@@ -326,6 +329,19 @@ class Exchange:
 
         mine.flight = Flight(self._wire, notice, encoded, self._state.format, self._state.device, self._thread)
 
+    def _await(self, flight: Flight) -> Reduced | Exception:
+        """Returns what a flight came to; ends it where a member gives no sign of life: what was sent to it gets no answer, nor an error."""
+        epoch, wire = self.epoch, self._wire
+        assert epoch is not None
+        assert wire is not None
+        while not flight.is_over(_LOOK_EVERY_S):
+            with contextlib.suppress(OSError):
+                # Rank 0 finds out, and the others of its island read it.
+                ours = self._membership
+                if ours.gives_up(epoch) if ours else self._board.has_given_up(self.island, self._incarnation, epoch.number):
+                    wire.close()
+        return flight.arrive()
+
     def _end_flight(self) -> None:
         if self._wire is not None:
             self._wire.close()
@@ -370,9 +386,6 @@ class Exchange:
     def _compare(self, prints: Sequence[int]) -> None:
         assert self.epoch is not None
         check_same(prints, sorted(self.epoch.members), f"round {self.completed}", f"fragment {self._fragment}, step {self.step}")
-
-    def _await_membership(self, after: int) -> Epoch:
-        return self._members().await_membership(after)
 
     def _members(self) -> Membership:
         if self._membership is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,10 @@ class Flight:
             # Its traceback would keep the tensors of all frames.
             self._failure = error.with_traceback(None)
         self.took_s = time.monotonic() - began
+
+    def is_over(self, within_s: float) -> bool:
+        """Returns whether it has arrived, or failed, waiting for it as long as that."""
+        return not wait([self._future], within_s).not_done
 
     def arrive(self) -> Reduced | Exception:
         """Returns the result, or what went wrong, waiting for it."""

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from factory_train.distributed.process_group import interface_towards
 
 Parts = Sequence[torch.Tensor]
+# A tag that nothing has, and how long it is waited for.
+_NEVER_SENT, _AT_ONCE = 1, datetime.timedelta(milliseconds=1)
 
 
 def listen_where_others_are(store: dist.Store, rank: int, size: int) -> None:
@@ -112,6 +114,9 @@ class GlooWire:
         self._is_closed = True
         group, self._group = self._group, None
         if group is not None:
+            # Who waits on this side is not woken by `abort`, but by any operation of the group that runs out of time.
+            with contextlib.suppress(RuntimeError):
+                group.recv([torch.empty(1, dtype=torch.uint8)], (self.rank + 1) % self.size, _NEVER_SENT).wait(_AT_ONCE)
             with contextlib.suppress(RuntimeError):
                 group.abort()
 

@@ -76,6 +76,9 @@ class Membership:
         self._heard: set[str] = set()
         self._decision = Decision()
         self._seen: Epoch | None = None
+        # Islands without a sign of life, and how long the thread has been looking: a moment in which it could not is nobody's silence.
+        self._silent: frozenset[str] = frozenset()
+        self._watched_s, self._looked_at = 0.0, time.monotonic()
         self._failure: Exception | None = None
         self._closed, self._woken = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="diloco-membership", daemon=True)
@@ -101,6 +104,12 @@ class Membership:
     def newest(self) -> Epoch | None:
         """Returns the newest epoch as it was last seen: training does not wait for a filesystem to ask."""
         return self._seen
+
+    def gives_up(self, epoch: Epoch) -> bool:
+        """Returns whether a round of an epoch is not to be waited for, because a member gives no sign of life; the board says so, too."""
+        if gone := not self._silent.isdisjoint(epoch.members):
+            self.tell(gave_up=epoch.number)
+        return gone
 
     def await_epoch(self, after: int, timeout_s: float) -> Epoch:
         """Returns an epoch with a number above `after`, waiting for it.
@@ -189,7 +198,7 @@ class Membership:
             except OSError:
                 # A shared filesystem has bad moments, and a server may start again. Meanwhile nobody is let in, and nobody's silence
                 # means anything; if only this island cannot see the board, the others see it as gone.
-                self._decision = Decision()
+                self._decision, self._silent = Decision(), frozenset()
                 self._moved.clear()
             except Exception as error:
                 self._failure = error
@@ -207,15 +216,18 @@ class Membership:
             self._board.write_beat(beat)
 
     def _look(self) -> None:
-        now = time.monotonic()
-        beats = self._board.beats()
+        now, beats = time.monotonic(), self._board.beats()
+        self._watched_s += min(now - self._looked_at, 2 * self._until_next_beat_s())
+        self._looked_at = now
         for name, beat in beats.items():
             before = self._moved.get(name)
             if before is None or before[:2] != (beat.incarnation, beat.count):
-                self._moved[name] = beat.incarnation, beat.count, now
+                self._moved[name] = beat.incarnation, beat.count, self._watched_s
                 self._heard |= {name} if before else set()
         self._look_around(beats)
-        silent_s = {name: now - self._moved[name][2] for name in beats}
+        silent_s = {name: self._watched_s - self._moved[name][2] for name in beats}
+        # One that has left closed its connections, which says it sooner.
+        self._silent = frozenset(name for name, beat in beats.items() if beat.state != LEFT and silent_s[name] > self._rules.silence_s)
         view = View(now, beats, silent_s, self._board.epoch(), self._board.lease())
         self._seen = view.epoch
         self._check_fits(view)

@@ -23,17 +23,9 @@ from diloco_replicas import H, simulate
 RATES, FACTORS = (4e-3, 5.7e-3, 8e-3), (1.0, 2.0, 4.0)
 
 
-class Found:
-    """Losses of one method by learning rate and factor of the embedding's."""
-
-    def __init__(self, losses: dict[str, float]) -> None:
-        self._losses = losses
-
-    def best(self, factors: tuple[float, ...]) -> tuple[float, str]:
-        """Returns the smallest loss, and where it was found."""
-        some = {label: loss for label, loss in self._losses.items() if float(label.split(" x ")[1]) in factors}
-        label = min(some, key=lambda label: some[label])
-        return some[label], label
+def best(losses: dict[str, float], factors: tuple[float, ...]) -> tuple[float, str]:
+    """Returns the smallest loss with one of these factors of the embedding's rate, and where it was found ("RATE x FACTOR")."""
+    return min((loss, label) for label, loss in losses.items() if float(label.split(" x ")[1]) in factors)
 
 
 def train(method: str, tokens: int, every: int, options: argparse.Namespace, overrides: list[str]) -> dict[str, float]:
@@ -67,12 +59,11 @@ def main() -> int:
                 options.json.write_text(json.dumps(facts, indent=1) + "\n")
     print(f"\n{'tokens':>6s} {'':20s} {'best rate':>22s} {'gap':>7s} {'and best factor':>22s} {'gap':>7s}")
     for tokens, found in facts["losses"].items():
-        base = Found(found["data-parallel"])
         for method, losses in found.items():
             cells = []
             for factors in (FACTORS[:1], FACTORS):
-                loss, label = Found(losses).best(factors)
-                cells.append(f"{loss:8.4f} {label:>13s} {100 * (loss / base.best(factors)[0] - 1):+6.2f}%")
+                (loss, label), (base, _) = best(losses, factors), best(found["data-parallel"], factors)
+                cells.append(f"{loss:8.4f} {label:>13s} {100 * (loss / base - 1):+6.2f}%")
             print(f"{tokens:>6s} {method:20s} {cells[0]} {cells[1]}")
     return 0
 

@@ -86,7 +86,8 @@ class Replicas:
 
     def __init__(self, cfgs: list[Config], embedding: list[float]) -> None:
         self._cfgs = cfgs
-        self._factors = torch.tensor(embedding)[:, None]
+        # By how much more than the optimizer did it is changed afterwards; None where all learn alike.
+        self._more = torch.tensor(embedding)[:, None] - 1 if any(factor != 1 for factor in embedding) else None
         with torch.device("meta"):
             model = build_model(cfgs[0].model, cfgs[0].data.vocab_size)
         self._module = parallelize(model, None, cfgs[0], torch.device("cpu")).module  # type: ignore[arg-type]
@@ -133,15 +134,15 @@ class Replicas:
         assert grads is not None
         for some in averaged:
             grads[some] = grads[some].mean(dim=0)
-        whole = self.matrix.detach()[:, : self._sizes[0]]
-        before = whole.clone()
+        table = self.matrix.detach()[:, : self._sizes[0]]
+        before = table.clone() if self._more is not None else table
         norms = grads.double().square().sum(dim=1).sqrt()
         for row, optimizer, cfg, grad, norm in zip(self._rows, self._optimizers, self._cfgs, grads, norms, strict=True):
             for parameter, part in zip(row, self._halves(grad), strict=True):
                 parameter.grad = part
             optimizer.step(lr=learning_rate(step, cfg.train.steps, cfg.optim), grad_norm=norm, skip=torch.zeros(()))
-        if (self._factors != 1).any():
-            whole += (self._factors - 1) * (whole - before)
+        if self._more is not None:
+            table += self._more * (table - before)
 
 
 class Ours:

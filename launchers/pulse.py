@@ -5,8 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from pathlib import Path
 
 from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt
+
+_LAUNCHER = "launcher"
+
+
+def path_of(attempt: Attempt, name: str = _LAUNCHER) -> Path:
+    """Returns the file that is touched."""
+    return attempt.path / "heartbeat" / name
 
 
 class Pulse:
@@ -17,8 +25,8 @@ class Pulse:
         name: of the process, where an attempt has several.
     """
 
-    def __init__(self, attempt: Attempt, name: str = "launcher") -> None:
-        self._path = attempt.path / "heartbeat" / name
+    def __init__(self, attempt: Attempt, name: str = _LAUNCHER) -> None:
+        self._path = path_of(attempt, name)
         self._last = 0.0
 
     def beat(self) -> None:

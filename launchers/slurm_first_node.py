@@ -11,7 +11,7 @@ import time
 from factory_train import storage, switches
 from factory_train.errors import ExitCode, FactoryTrainError
 from factory_train.gangs import run_of_island
-from factory_train.launchers import autopsy, slurm_queue
+from factory_train.launchers import autopsy, pulse, slurm_queue
 from factory_train.launchers.slurm_restart import Restart
 from factory_train.run_dir import HEARTBEAT_EVERY_S, Attempt
 
@@ -31,14 +31,16 @@ class FirstNode:
         main = run_of_island(of_island.run).last_attempt()
         assert main is not None
         self._main, self._island, self._job_id = main, of_island.run.name, job_id
-        self._heartbeat = main.path / "heartbeat" / "launcher"
+        self._spec = storage.read_json(main.launch / "slurm.json")
+        self._heartbeat = pulse.path_of(main)
         # The launcher's last sign, since how many looks it is that, and when to look again.
         self._sign: float | None = None
         self._quiet, self._next_look = 0, 0.0
 
     def look(self) -> None:
         """Sees to the job if the node is lost; call it as often as you like."""
-        if (now := time.monotonic()) < self._next_look:
+        # An allocation that was there before is not ours to end.
+        if (now := time.monotonic()) < self._next_look or "nodes" in self._spec:
             return
         self._next_look = now + HEARTBEAT_EVERY_S
         try:
@@ -69,7 +71,7 @@ class FirstNode:
         main.record_launch_event("first-node-lost", node=lost, noticed_by=self._island)
         stopped = switches.is_on(main.run, switches.STOP)
         outcome, code = ("interrupted", ExitCode.INTERRUPTED) if stopped else ("failed-transient", ExitCode.FAILED)
-        how = storage.read_json(main.launch / "slurm.json")["requeue"]
+        how = self._spec["requeue"]
         try:
             main.write_verdict(outcome, code, step=autopsy.last_step(main), reason=reason)
             if not Restart(main, self._job_id, how).ask() or how != "requeue":

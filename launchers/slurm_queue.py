@@ -148,22 +148,23 @@ def forget() -> None:
 
 def job_state(job_id: str) -> str | None:
     """Returns Slurm's word for the state of a job; None when Slurm does not know it or does not answer."""
-    try:
-        words = run("scontrol", "--oneliner", "show", "job", job_id)
-    except UnavailableError:
-        return None
-    found = re.search(r"\bJobState=(\S+)", words)
-    return found.group(1) if found else None
+    return _facts(job_id).get("JobState")
 
 
 def running_on(job_id: str) -> list[str] | None:
     """Returns the nodes of a job that runs; None where it does not, or Slurm does not answer."""
+    facts = _facts(job_id)
+    return host_names(facts["NodeList"]) if facts.get("JobState") == "RUNNING" else None
+
+
+def _facts(job_id: str) -> dict[str, str]:
+    """Returns what Slurm says of a job, by name; nothing when it does not know it or does not answer."""
     try:
         words = run("scontrol", "--oneliner", "show", "job", job_id)
     except UnavailableError:
-        return None
-    found = re.search(r"\bNodeList=(\S+)", words)
-    return host_names(found.group(1)) if found and re.search(r"\bJobState=RUNNING\b", words) else None
+        return {}
+    # A comment at the end may look like anything: what comes first counts.
+    return dict(reversed(re.findall(r"(\S+?)=(\S*)", words)))
 
 
 def end_time(job_id: str) -> float | None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from island_threads import run_islands
 
@@ -55,21 +56,26 @@ def test_a_member_that_waits_for_one_that_has_failed_fails_with_it() -> None:
         assert "timed out" not in str(outcome).lower()
 
 
-def test_whoever_closes_a_wire_ends_its_own_waiting_too() -> None:
+@pytest.mark.parametrize("closing", [[0], [0, 2]], ids=["alone", "after another"])
+def test_whoever_closes_a_wire_ends_its_own_waiting_too(closing: list[int]) -> None:
     """An island that leaves in the middle of a round must not stay until the round runs out of time."""
-    closed = threading.Event()
+    are_closed = {rank: threading.Event() for rank in closing}
+    kept = []
 
     def work(wire: GlooWire) -> Reduced | Exception | None:
         if wire.rank == 1:
-            assert closed.wait(30)
+            # As a machine without power: nothing comes from it, and its connections stay.
+            kept.append(wire)
             return None
         with ThreadPoolExecutor(1) as thread:
             flight = Flight(wire, lambda: Notice(1, 4, 0, 0, 1.0, 7), Encoded(CODES, *torch.empty(3, 0)), "fp32", CPU, thread)
-            assert not flight.is_over(0.5)
+            for before in closing[: closing.index(wire.rank)]:
+                assert are_closed[before].wait(60)
+            assert not flight.is_over(0.5), "it does not wait for member 1"
             wire.close()
+            are_closed[wire.rank].set()
             assert flight.is_over(30), "it still waits"
-            closed.set()
             return flight.arrive()
 
-    outcome, _ = run_islands(2, work, 60.0)
-    assert isinstance(outcome, RuntimeError)
+    outcomes = run_islands(1 + len(closing), work, 60.0)
+    assert [type(outcomes[rank]) for rank in closing] == [RuntimeError] * len(closing), outcomes

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import socket
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ class GlooWire:
         # What this rank sent to others, in bytes.
         self.bytes_sent = 0
         self._rooms: dict[str, torch.Tensor] = {}
-        self._is_closed = False
+        # Training and the thread of the rounds may close it at the same time.
+        self._is_closed, self._closing = False, threading.Lock()
         # The group holds on to its C++ half only; one made in Python must not lose the other.
         self._store = store
         if size > 1:
@@ -111,14 +113,19 @@ class GlooWire:
 
     def close(self) -> None:
         """Ends the group: members that wait for this one find out at once, and so does who still uses it here. May be called twice."""
-        self._is_closed = True
-        group, self._group = self._group, None
-        if group is not None:
-            # Who waits on this side is not woken by `abort`, but by any operation of the group that runs out of time.
-            with contextlib.suppress(RuntimeError):
-                group.recv([torch.empty(1, dtype=torch.uint8)], (self.rank + 1) % self.size, _NEVER_SENT).wait(_AT_ONCE)
-            with contextlib.suppress(RuntimeError):
-                group.abort()
+        with self._closing:
+            self._is_closed = True
+            group, self._group = self._group, None
+        if group is None:
+            return
+        # Who waits on this side is not woken by `abort`, but by any operation of the group that runs out of time. One with a member
+        # that has closed its own wire fails before it could: there is none left only when all connections are closed, which wakes, too.
+        for member in range(self.size):
+            if member != self.rank:
+                with contextlib.suppress(RuntimeError):
+                    group.recv([torch.empty(1, dtype=torch.uint8)], member, _NEVER_SENT).wait(_AT_ONCE)
+        with contextlib.suppress(RuntimeError):
+            group.abort()
 
     def _open(self) -> Any:
         """Returns the group; None where there is only this member.

@@ -13,13 +13,14 @@ from benchmarks.kernel_sections.adamw import shapes_of
 
 
 def test_without_a_card_it_checks_the_kernels_in_the_interpreter_and_says_what_is_missing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.kernels", "--sections", "adamw", "--json", str(tmp_path / "record.json")]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--sections", "adamw", "pseudogradient", "--json", str(tmp_path / "record.json")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "timing needs a GPU"
     record = json.loads((tmp_path / "record.json").read_text())
     assert "interpreter" in record["device"]
-    assert len(record["rows"]) > 30
+    assert {row["section"] for row in record["rows"]} == {"adamw", "pseudogradient"}
+    assert len(record["rows"]) > 40
     assert all(row["ok"] and row["part"] == "correctness" for row in record["rows"])
 
 

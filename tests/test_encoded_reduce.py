@@ -11,6 +11,7 @@ from island_threads import run_islands
 from factory_train.distributed.encoded_reduce import Notice, Reduced, RoundFailedError, payload_bytes, reduce_round
 from factory_train.distributed.gloo_wire import GlooWire, Parts
 from factory_train.kernels import pseudogradient as kernels
+from factory_train.kernels import pseudogradient_reference as reference
 
 CPU = torch.device("cpu")
 FORMATS = ["fp32", "bf16", "int8", "int4"]
@@ -30,7 +31,7 @@ def encode(x: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode(reduced: Reduced, n: int, format: str) -> torch.Tensor:
-    return kernels._load(reduced.codes, reduced.scales, format).view(-1)[:n]
+    return reference.decode(reduced.codes, reduced.scales, format).view(-1)[:n]
 
 
 def a_round(n: int, format: str, weights: list[float], **notice: int):

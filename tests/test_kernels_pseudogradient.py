@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sm90 import compile_for_sm90
 
 from factory_train.kernels import pseudogradient as pg
+from factory_train.kernels import pseudogradient_reference as reference
 
 FORMATS = ["fp32", "bf16", "int8", "int4"]
 SIZES = [1, 255, 256, 257, pg.ROWS * pg.BLOCK, pg.ROWS * pg.BLOCK + 3]
@@ -24,7 +25,7 @@ def room(n: int, format: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(blocks * pg.CODE_BYTES[format], dtype=torch.uint8), torch.zeros(blocks if pg.has_scales(format) else 0)
 
 
-def encoded(x: torch.Tensor, format: str, encode=pg.reference_encode, error: torch.Tensor | None = None):
+def encoded(x: torch.Tensor, format: str, encode=reference.encode, error: torch.Tensor | None = None):
     """Codes, scales, what is left out, and sums of squares of x."""
     codes, scales = room(x.numel(), format)
     error = torch.zeros_like(x) if error is None else error
@@ -34,7 +35,7 @@ def encoded(x: torch.Tensor, format: str, encode=pg.reference_encode, error: tor
 
 
 def decoded(codes: torch.Tensor, scales: torch.Tensor, n: int, format: str) -> torch.Tensor:
-    return pg._load(codes, scales, format).view(-1)[:n]
+    return reference.decode(codes, scales, format).view(-1)[:n]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -42,7 +43,7 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, n: int, format: str) -> t
 def test_kernel_and_reference_encode_to_the_same_bytes(format: str, n: int) -> None:
     outer, inner, error = tensors(n, 3)
     found = []
-    for encode in (pg.launch_encode, pg.reference_encode):
+    for encode in (pg.launch_encode, reference.encode):
         codes, scales = room(n, format)
         new_error, squares = torch.zeros(n), torch.zeros(pg.num_blocks(n))
         encode(outer, inner, error, codes, scales, new_error, squares, format)
@@ -52,7 +53,7 @@ def test_kernel_and_reference_encode_to_the_same_bytes(format: str, n: int) -> N
     torch.testing.assert_close(found[0][3], found[1][3])
 
 
-@pytest.mark.parametrize("encode", [pg.launch_encode, pg.reference_encode])
+@pytest.mark.parametrize("encode", [pg.launch_encode, reference.encode])
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_the_code_leaves_out_is_kept_exactly(encode, format: str) -> None:
     (x,) = tensors(3000, 1)
@@ -79,7 +80,7 @@ def test_with_error_feedback_the_mean_of_many_codes_is_the_value(format: str) ->
 def test_zeros_and_tiny_values(format: str) -> None:
     x = torch.zeros(2 * pg.BLOCK)
     x[pg.BLOCK] = 1e-44
-    for encode in (pg.launch_encode, pg.reference_encode):
+    for encode in (pg.launch_encode, reference.encode):
         codes, scales, error, squares = encoded(x, format, encode)
         back = decoded(codes, scales, x.numel(), format)
         assert not back[: pg.BLOCK].any()
@@ -88,7 +89,7 @@ def test_zeros_and_tiny_values(format: str) -> None:
         assert squares.isfinite().all()
 
 
-@pytest.mark.parametrize("encode", [pg.launch_encode, pg.reference_encode])
+@pytest.mark.parametrize("encode", [pg.launch_encode, reference.encode])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_an_element_that_is_not_finite_shows_in_the_sums(encode, format: str, poison: float) -> None:
@@ -105,15 +106,19 @@ def test_the_reduction_is_the_weighted_sum_and_zero_weight_is_not_looked_at(form
     parts = [x.to(dtype) for x in tensors(n, len(weights))]
     if len(parts) == 3:
         parts[1] *= float("nan")
+    for x in parts:
+        x[5] = -0.0
     sent = [encoded(x, format) for x in parts]
-    codes, scales = torch.stack([item[0] for item in sent]), torch.stack([item[1] for item in sent])
     w = torch.tensor(weights, dtype=dtype)
     results = []
-    for reduce in [pg.reference_reduce] + [pg.launch_reduce] * (format != "fp64"):
+    ways = [(reference.reduce, list), (reference.reduce, torch.stack), (pg.launch_reduce, torch.stack)]
+    for reduce, together in ways if format != "fp64" else ways[:2]:
         out_codes, out_scales = room(n, format)
-        reduce(codes, scales, w, out_codes, out_scales, format)
+        reduce(together([item[0] for item in sent]), together([item[1] for item in sent]), w, out_codes, out_scales, format)
         results.append((out_codes, out_scales))
-    assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+    for codes, scales in results[1:]:
+        assert torch.equal(codes, results[0][0])
+        assert torch.equal(scales, results[0][1])
     exact = sum(weight * decoded(item[0], item[1], n, format).double() for weight, item in zip(weights, sent, strict=True) if weight)
     worst = {"fp64": 0.0, "fp32": 1e-6, "bf16": 2.0**-8, "int8": 0.6 / 127, "int4": 0.6 / 7}[format]
     assert (decoded(*results[0], n, format).double() - exact).abs().max() <= worst * exact.abs().max()
@@ -126,7 +131,7 @@ def test_kernel_and_reference_take_the_same_outer_step_bit_for_bit(format: str, 
     g, *state = tensors(n, 4)
     codes, scales, _, _ = encoded(g, format)
     found = []
-    for update in (pg.launch_outer_update, pg.reference_outer_update):
+    for update in (pg.launch_outer_update, reference.outer_update):
         mine = [tensor.clone() for tensor in state]
         prints = torch.zeros(pg.num_blocks(n), dtype=torch.int64)
         update(codes, scales, *mine, prints, 0.7, 0.9, keep, format)
@@ -139,7 +144,7 @@ def test_kernel_and_reference_take_the_same_outer_step_bit_for_bit(format: str, 
     assert torch.equal(found[0][3], pg.fingerprint_parts(found[0][0], found[0][1]))
 
 
-@pytest.mark.parametrize("update", [pg.launch_outer_update, pg.reference_outer_update])
+@pytest.mark.parametrize("update", [pg.launch_outer_update, reference.outer_update])
 def test_a_fragment_that_is_updated_in_two_parts_has_the_same_fingerprint(update) -> None:
     g, *state = tensors(3000, 4)
     codes, scales, _, _ = encoded(g, "int8")
@@ -173,10 +178,16 @@ def test_the_outer_step_is_that_of_torch_sgd_with_nesterov_momentum() -> None:
 def test_keep_zero_overwrites_what_is_not_finite() -> None:
     g, outer, momentum = tensors(100, 3)
     codes, scales, _, _ = encoded(g, "int8")
-    for update in (pg.launch_outer_update, pg.reference_outer_update):
+    for update in (pg.launch_outer_update, reference.outer_update):
         inner = torch.full((100,), float("nan"))
         update(codes, scales, outer.clone(), momentum.clone(), inner, torch.zeros(1, dtype=torch.int64), 0.7, 0.9, 0.0, "int8")
         assert inner.isfinite().all()
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_kernel_and_reference_take_the_same_fingerprint(n: int) -> None:
+    state = tensors(n, 2)
+    assert torch.equal(pg.launch_fingerprint(*state), reference.fingerprint_parts(*state))
 
 
 @settings(max_examples=60, deadline=None)
@@ -202,6 +213,7 @@ def test_the_operators_pass_opcheck(format: str) -> None:
     outer, inner, error, momentum = tensors(n, 4)
     codes, scales = room(n, format)
     torch.library.opcheck(pg.encode, (outer, inner, error, codes, scales, torch.zeros(n), torch.zeros(2), format))
+    torch.library.opcheck(pg.fingerprint_parts, (outer, momentum))
     sent = torch.stack((codes, codes)), torch.stack((scales, scales))
     torch.library.opcheck(pg.reduce, (*sent, torch.tensor([0.5, 0.5]), codes.clone(), scales.clone(), format))
     prints = torch.zeros(2, dtype=torch.int64)
@@ -218,15 +230,12 @@ def test_the_kernels_compile_for_sm90(format: str) -> None:
     reduce = {"codes": "*u8", "scales": "*fp32", "weights": "*fp32", "out_codes": "*u8", "out_scales": "*fp32"}
     reduce |= {"num_blocks": "i32", "code_stride": "i64"}
     update = dict.fromkeys(("scales", "outer", "momentum", "inner"), "*fp32") | {"codes": "*u8", "prints": "*i64"}
+    fingerprint = dict.fromkeys(("outer", "momentum"), "*fp32") | {"prints": "*i64", "n": "i64", "num_blocks": "i32", "mix_block": "i64"}
+    mixes = {"MIX_OUTER": reference.MIX_OUTER, "MIX_MOMENTUM": reference.MIX_MOMENTUM}
     update |= {"n": "i32", "num_blocks": "i32", "first": "i32", "lr": "fp32", "mu": "fp32", "keep": "fp32", "mix_block": "i64"}
     compile_for_sm90(
         (module, "encode_pass", encode, {"HAS_ERROR": True} | block, options),
         (module, "reduce_pass", reduce, {"MEMBERS": 3} | block, options),
-        (
-            module,
-            "update_pass",
-            update,
-            {"MIX_OUTER": pg._MIX_OUTER, "MIX_MOMENTUM": pg._MIX_MOMENTUM, "HAS_PRINTS": True} | block,
-            options,
-        ),
+        (module, "update_pass", update, mixes | {"HAS_PRINTS": True} | block, options),
+        (module, "fingerprint_pass", fingerprint, mixes | {"BLOCK": pg.BLOCK, "ROWS": pg.ROWS}, {"num_warps": 4}),
     )

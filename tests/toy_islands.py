@@ -40,7 +40,7 @@ def parameters(dtype: torch.dtype = torch.float32, grid: float | None = None) ->
 def gradient(name: str, value: torch.Tensor, sample: int, grid: float | None = None) -> torch.Tensor:
     """Of |value - target|^2 / 2, the target being that of a sample."""
     seed = sample * 100 + sorted(SHAPES).index(name)
-    target = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(value.dtype)
+    target = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(value)
     if grid:
         return (target / grid).round() * grid
     return value - target
@@ -65,6 +65,7 @@ class Toy:
     incarnation: int = 1
     layout: str = ""
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     grid: float | None = None
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -73,7 +74,7 @@ class Toy:
     before_step: Callable[[Toy, int], None] = lambda toy, step: None
 
     def __post_init__(self) -> None:
-        self.values = parameters(self.dtype, self.grid)
+        self.values = {name: value.to(self.device) for name, value in parameters(self.dtype, self.grid).items()}
 
     def build(self) -> OuterLoop:
         cfg, names = self.cfg, [f"island-{index}" for index in range(self.cfg.islands)]

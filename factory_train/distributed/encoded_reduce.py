@@ -20,13 +20,14 @@ import xxhash
 
 from factory_train.errors import FactoryTrainError
 from factory_train.kernels import pseudogradient as kernels
+from factory_train.kernels import pseudogradient_reference as reference
 
 _HEAD = struct.Struct("<QqqqqdqQ")
 HEAD_BYTES = _HEAD.size
 # So often is a round sent in all; in the last try the members whose parts were damaged weigh nothing.
 TRIES = 3
-# Blocks that are reduced at a time, on a CPU and on a card: what is gathered of them stays in a CPU's caches.
-_BLOCKS_AT_ONCE = (1024, 65536)
+# Blocks that a card reduces at a time.
+_BLOCKS_AT_ONCE = 65536
 
 Coded = tuple[torch.Tensor, torch.Tensor]
 Message = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -204,21 +205,24 @@ def _space(wire: Wire, member: int, blocks: range, format: str) -> Message:
 
 
 def _reduce_part(sent: Sequence[Coded], weights: Sequence[float], own: Coded, format: str, device: torch.device) -> None:
-    """Fills codes and scales with the weighted mean of what members sent for the same blocks, some of them at a time."""
-    total, size = sum(weights), kernels.CODE_BYTES[format]
+    """Fills codes and scales with the weighted mean of what members sent for the same blocks: on a card, some of them at a time."""
+    total = sum(weights)
     wide = torch.float64 if format == "fp64" else torch.float32
     shares = torch.tensor([weight / total if total else 0.0 for weight in weights], dtype=wide, device=device)
-    blocks = own[0].numel() // size
-    for first in range(0, blocks, _BLOCKS_AT_ONCE[device.type == "cuda"]):
-        some = range(first, min(first + _BLOCKS_AT_ONCE[device.type == "cuda"], blocks))
+    if device.type == "cpu":
+        # From where they arrived.
+        reference.reduce([codes for codes, _ in sent], [scales for _, scales in sent], shares, *own, format)
+        return
+    blocks = own[0].numel() // kernels.CODE_BYTES[format]
+    for first in range(0, blocks, _BLOCKS_AT_ONCE):
+        some = range(first, min(first + _BLOCKS_AT_ONCE, blocks))
         pieces = [_of_blocks(codes, scales, some, format) for codes, scales in sent]
         codes, scales = (torch.stack(tensors).to(device) for tensors in zip(*pieces, strict=True))
         mine = _of_blocks(*own, some, format)
-        out = mine if device.type == "cpu" else tuple(torch.empty_like(tensor, device=device) for tensor in mine)
+        out = [torch.empty_like(tensor, device=device) for tensor in mine]
         kernels.reduce(codes, scales, shares, *out, format)
-        if out is not mine:
-            for host, tensor in zip(mine, out, strict=True):
-                host.copy_(tensor)
+        for host, tensor in zip(mine, out, strict=True):
+            host.copy_(tensor)
 
 
 def _new_head() -> torch.Tensor:

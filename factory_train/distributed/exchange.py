@@ -288,9 +288,9 @@ class Exchange:
                 # A member that comes later than this, but within the grace time, finds the others waiting for a new epoch with it.
                 silent = grace - datetime.timedelta(seconds=finding_out_s(self._grace_s))
                 # What makes a member late where all begin, its checkpoint, it has behind it where an epoch follows another.
-                self._wire = GlooWire(store, epoch.place(self.island), len(epoch.members), silent, grace if epoch.cold else grace / 2)
-                self._bytes_before = 0
-                mine = self._under_way
+                meet, on_card = grace if epoch.cold else grace / 2, self._state.device.type == "cuda"
+                self._wire = GlooWire(store, epoch.place(self.island), len(epoch.members), silent, meet, pinned=on_card)
+                mine, self._bytes_before = self._under_way, 0
                 due = (mine.number, mine.fragment) if mine else None
                 stand = Standing(self.island, self.completed, self._last, due, self._state, self._prints.of)
                 caught = catch_up(stand, epoch, self._wire)

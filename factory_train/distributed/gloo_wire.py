@@ -51,15 +51,23 @@ class GlooWire:
         rank, size: place among them, and their number.
         timeout: a member that is silent for so long in the middle of a round has failed.
         meet: how long members wait for each other here; `timeout` where it is not given.
+        pinned: whether a card copies from and to its rooms.
 
     Raises:
         RuntimeError: not all came in time.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, timeout: datetime.timedelta, meet: datetime.timedelta | None = None
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout: datetime.timedelta,
+        meet: datetime.timedelta | None = None,
+        *,
+        pinned: bool = False,
     ) -> None:
-        self.rank, self.size, self._timeout = rank, size, timeout
+        self.rank, self.size, self._timeout, self._pinned = rank, size, timeout, pinned
         # What this rank sent to others, in bytes.
         self.bytes_sent = 0
         self._rooms: dict[str, torch.Tensor] = {}
@@ -99,7 +107,7 @@ class GlooWire:
         """See `encoded_reduce.Wire`; fresh memory costs more than what is done with it."""
         held = self._rooms.get(what)
         if held is None or held.numel() < size:
-            held = self._rooms[what] = torch.empty(size, dtype=torch.uint8)
+            held = self._rooms[what] = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
         return held[:size]
 
     def send(self, tensor: torch.Tensor, to: int) -> None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from factory_train.distributed.box import local_tensor
+from factory_train.distributed.windows import cut
 from factory_train.kernels import pseudogradient as kernels
 
 PAYLOADS = ("none", "fp32", "bf16", "int8", "int4")
-# Blocks of a window, on a CPU and on a card.
-_WINDOW_BLOCKS = (2048, 65536)
+# Blocks of a window, and how many of one parameter are one of their own, on a CPU and on a card.
+_WINDOW_BLOCKS, _ALONE_BLOCKS = (2048, 65536), (1024, 4096)
 
 
 @dataclass
@@ -48,31 +49,6 @@ class Encoded:
         return bool(self.squares.sum().isfinite())
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Some whole blocks of a fragment, the last one maybe short.
-
-    Args:
-        start, stop: its elements in the fragment.
-        pieces: of each parameter in it the name, where it lies in the flat shard, and where in the window.
-    """
-
-    start: int
-    stop: int
-    pieces: tuple[tuple[str, slice, slice], ...]
-
-    @property
-    def elements(self) -> slice:
-        return slice(self.start, self.stop)
-
-    @property
-    def blocks(self) -> slice:
-        return slice(self.start // kernels.BLOCK, kernels.num_blocks(self.stop))
-
-    def code_bytes(self, format: str) -> slice:
-        return slice(self.blocks.start * kernels.CODE_BYTES[format], self.blocks.stop * kernels.CODE_BYTES[format])
-
-
 class _Fragment:
     """One fragment: where each parameter lies in it, and the state."""
 
@@ -86,16 +62,9 @@ class _Fragment:
         device = next(iter(shards.values())).device
         self.outer, self.momentum = (torch.zeros(self.numel, dtype=dtype, device=device) for _ in range(2))
         self.error = torch.zeros(self.numel if feedback else 0, dtype=dtype, device=device)
-        self.windows = [*self._cut(_WINDOW_BLOCKS[device.type == "cuda"] * kernels.BLOCK)]
-
-    def _cut(self, size: int) -> Iterator[_Window]:
-        for start in range(0, self.numel, size):
-            stop, pieces = min(start + size, self.numel), []
-            for name, (first, shape) in self.places.items():
-                begin, end = max(start, first), min(stop, first + shape.numel())
-                if begin < end:
-                    pieces.append((name, slice(begin - first, end - first), slice(begin - start, end - start)))
-            yield _Window(start, stop, tuple(pieces))
+        on_card = device.type == "cuda"
+        sizes = {name: (start, shape.numel()) for name, (start, shape) in self.places.items()}
+        self.windows = cut(sizes, _WINDOW_BLOCKS[on_card], _ALONE_BLOCKS[on_card])
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the part of `flat` that is each parameter's, in its shape."""
@@ -170,7 +139,7 @@ class OuterState:
         for window in state.windows:
             at = window.elements
             kernels.encode(
-                state.outer[at], _gather(window, flats), state.error[at], codes[window.code_bytes(self.format)],
+                state.outer[at], window.gather(flats), state.error[at], codes[window.code_bytes(self.format)],
                 scales[window.blocks], left_out[at], squares[window.blocks], self.format,
             )  # fmt: skip
         if not on_card:
@@ -194,12 +163,14 @@ class OuterState:
         prints = torch.empty(num_prints, dtype=torch.int64, device=self.device)
         flats = self._flats(state)
         for window in state.windows:
-            at, blocks, inner = window.elements, window.blocks, _gather(window, flats)
+            at, blocks, inner = window.elements, window.blocks, window.gather(flats, read=keep != 0)
+            # From pinned memory the host does not wait. What is there stays until the round after the next, whose code waits for this.
+            code = codes[window.code_bytes(self.format)].to(self.device, non_blocking=True)
             kernels.outer_update(
-                codes[window.code_bytes(self.format)].to(self.device), scales[blocks].to(self.device),
+                code, scales[blocks].to(self.device, non_blocking=True),
                 state.outer[at], state.momentum[at], inner, prints[blocks], lr, momentum, keep, self.format, blocks.start,
             )  # fmt: skip
-            _scatter(window, inner, flats)
+            window.scatter(inner, flats)
         self._put_back(flats)
         return prints
 
@@ -296,16 +267,3 @@ class OuterState:
         shards, views = self._shards(), fragment.views(flat)
         if views:
             torch._foreach_copy_([shards[name] for name in views], list(views.values()))
-
-
-def _gather(window: _Window, flats: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the inner parameters of a window: the shard itself where it is of one parameter, else a copy."""
-    pieces = [flats[name][of_shard] for name, of_shard, _ in window.pieces]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _scatter(window: _Window, inner: torch.Tensor, flats: Mapping[str, torch.Tensor]) -> None:
-    """Brings what became of a window's copy back to the shards."""
-    if len(window.pieces) > 1:
-        shards = [flats[name][of_shard] for name, of_shard, _ in window.pieces]
-        torch._foreach_copy_(shards, [inner[of_window] for _, _, of_window in window.pieces])

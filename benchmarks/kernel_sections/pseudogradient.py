@@ -23,6 +23,8 @@ from factory_train.kernels import pseudogradient_reference as reference
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 MODEL = "llama3_1b"
+# Of a flat fragment.
+ELEMENTS = 2**30
 _LR, _MOMENTUM, _KEEP = 0.7, 0.9, 0.5
 
 
@@ -96,7 +98,7 @@ def times(device: str, deadline_s: float) -> list[dict[str, Any]]:
 
 
 def _pass_times(device: str, deadline_s: float) -> list[dict[str, Any]]:
-    n = 2**30
+    n = ELEMENTS
     outer, inner, error, left_out, momentum = (torch.randn(n, device=device) * 0.02 for _ in range(5))
     squares = torch.empty(kernels.num_blocks(n), device=device)
     prints = torch.empty(kernels.num_blocks(n), dtype=torch.int64, device=device)

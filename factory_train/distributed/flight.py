@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, wait
@@ -33,14 +35,24 @@ class Flight:
         self._failure: Exception | None = None
         # Seconds from departure to arrival.
         self.took_s = 0.0
+        # What the round reads was queued before this; what training queues afterwards it does not wait for.
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         # The arguments are not kept: whoever made `notice` holds this flight, and garbage of that size must not wait for a collection.
-        self._future = thread.submit(self._run, wire, notice, encoded, format, device)
+        self._future = thread.submit(self._run, wire, notice, encoded, format, device, ready)
 
-    def _run(self, wire: GlooWire, notice: Callable[[], Notice], encoded: Encoded, format: str, device: torch.device) -> None:
+    def _run(
+        self,
+        wire: GlooWire,
+        notice: Callable[[], Notice],
+        encoded: Encoded,
+        format: str,
+        device: torch.device,
+        ready: torch.cuda.Event | None,
+    ) -> None:
         began = time.monotonic()
         try:
             encoded.wait()
-            with torch.no_grad():
+            with torch.no_grad(), _beside_training(device, ready):
                 self._reduced = reduce_round(wire, notice(), encoded.codes, encoded.scales, format, device)
         except Exception as error:
             # Members that wait for this one, and not for the one that is gone, need not wait any longer.
@@ -59,6 +71,20 @@ class Flight:
         result = self._failure or self._reduced
         assert result is not None
         return result
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _beside_training(device: torch.device, ready: torch.cuda.Event | None) -> contextlib.AbstractContextManager[object]:
+    """Keeps what a round computes on a card from queuing behind training; what comes of it is in host memory."""
+    if ready is None:
+        return contextlib.nullcontext()
+    stream = _stream(device)
+    stream.wait_event(ready)
+    return torch.cuda.stream(stream)
 
 
 class Waiting:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,9 @@ class DelayedWire(GlooWire):
 
     delay_s = 0.0
 
-    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts]) -> None:
+    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts], meanwhile: Callable[[], object] = lambda: None) -> None:
         time.sleep(self.delay_s)
-        super().all_to_all(received, sent)
+        super().all_to_all(received, sent, meanwhile)
 
     def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         time.sleep(self.delay_s)

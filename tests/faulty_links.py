@@ -61,23 +61,23 @@ def install(links: Links, replace: Callable[[Any, str, Any], None]) -> None:
     plain_wire, enter, hail = exchange.GlooWire, exchange.Exchange._enter, reach.Reach.hail
 
     class FaultyWire(plain_wire):
-        def __init__(self, store: Any, rank: int, size: int, timeout: Any, meet: Any = None) -> None:
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any, meet: Any = None, *, pinned: bool = False) -> None:
             self._island, self._others = _place.island, [name for name in _place.members if name != _place.island]
             self._is_closed = self._sends_parts = False
-            self._group, self._patience_s = None, timeout.total_seconds()
+            self._group, self._closing, self._patience_s = None, threading.Lock(), timeout.total_seconds()
             self._look((meet or timeout).total_seconds())
-            super().__init__(store, rank, size, timeout, meet)
+            super().__init__(store, rank, size, timeout, meet, pinned=pinned)
 
         def close(self) -> None:
             # As with a real one, who waits in it finds out at once.
             self._is_closed = True
             super().close()
 
-        def all_to_all(self, received: Any, sent: Any) -> None:
+        def all_to_all(self, received: Any, sent: Any, meanwhile: Any = lambda: None) -> None:
             self._look(self._patience_s)
             # Parts and results take turns; it is parts that are damaged.
             self._sends_parts = not self._sends_parts
-            super().all_to_all(received, self._damage(sent) if self._sends_parts else sent)
+            super().all_to_all(received, self._damage(sent) if self._sends_parts else sent, meanwhile)
 
         def all_gather(self, received: Any, sent: Any) -> None:
             self._look(self._patience_s)

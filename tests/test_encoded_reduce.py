@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -38,8 +38,8 @@ def a_round(n: int, format: str, weights: list[float], **notice: int):
     """Work of one member: encodes its pseudo-gradient and takes part."""
 
     def work(wire: GlooWire) -> tuple[Reduced, int]:
-        mine = Notice(1, notice.get("number", 4), 2, 0, weights[wire.rank], wire.rank)
-        reduced = reduce_round(wire, mine, *encode(delta(wire.rank, n), format), format, CPU)
+        mine = Notice(1, notice.get("number", 4), 2, 0, weights[wire.rank])
+        reduced = reduce_round(wire, mine, *encode(delta(wire.rank, n), format), format, CPU, lambda: wire.rank)
         return reduced, wire.bytes_sent
 
     return work
@@ -91,8 +91,8 @@ class Damaging(GlooWire):
         self.left = self.times if self.rank == 0 else 0
         self.calls = 0
 
-    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts]) -> None:
-        super().all_to_all(received, sent)
+    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts], meanwhile: Callable[[], object] = lambda: None) -> None:
+        super().all_to_all(received, sent, meanwhile)
         if self.left and self.damaged_in == ("part", "result")[self.calls % 2]:
             received[1][1][100] ^= 4
             self.left -= 1
@@ -126,8 +126,8 @@ def test_a_result_that_is_always_damaged_fails_the_round_everywhere() -> None:
 
 def test_islands_at_different_rounds_are_told_so() -> None:
     def work(wire: GlooWire) -> Reduced:
-        notice = Notice(1, 7 + wire.rank, 0, 0, 1.0, 0)
-        return reduce_round(wire, notice, *encode(delta(0, 100), "int8"), "int8", CPU)
+        notice = Notice(1, 7 + wire.rank, 0, 0, 1.0)
+        return reduce_round(wire, notice, *encode(delta(0, 100), "int8"), "int8", CPU, lambda: 0)
 
     results = run_islands(2, work)
     assert all(isinstance(result, RoundFailedError) for result in results)

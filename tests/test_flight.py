@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -27,7 +27,7 @@ def test_a_member_that_waits_for_one_that_has_failed_fails_with_it() -> None:
     class Parting(GlooWire):
         parts = 0
 
-        def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts]) -> None:
+        def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts], meanwhile: Callable[[], object] = lambda: None) -> None:
             self.parts += 1
             if self.rank == 2:
                 for part, member in itertools.product(range(2), range(2)):
@@ -38,7 +38,7 @@ def test_a_member_that_waits_for_one_that_has_failed_fails_with_it() -> None:
                 self.close()
             elif self.parts == 2:
                 threading.Timer(0.5, waits_for_results.set).start()
-            super().all_to_all(received, sent)
+            super().all_to_all(received, sent, meanwhile)
 
     # As an island does until it is in the next epoch.
     kept = []
@@ -47,7 +47,7 @@ def test_a_member_that_waits_for_one_that_has_failed_fails_with_it() -> None:
         kept.append(wire)
         with ThreadPoolExecutor(1) as thread:
             encoded = Encoded(CODES, *torch.empty(3, 0))
-            return Flight(wire, lambda: Notice(1, 4, 0, 0, 1.0, 7), encoded, "fp32", CPU, thread).arrive()
+            return Flight(wire, lambda: Notice(1, 4, 0, 0, 1.0), lambda: 7, encoded, "fp32", CPU, thread).arrive()
 
     outcomes = run_islands(3, work, 20.0, Parting)
     assert waits_for_results.is_set(), "member 0 was never at its second part"
@@ -67,8 +67,9 @@ def test_whoever_closes_a_wire_ends_its_own_waiting_too(closing: list[int]) -> N
             # As a machine without power: nothing comes from it, and its connections stay.
             kept.append(wire)
             return None
+        encoded = Encoded(CODES, *torch.empty(3, 0))
         with ThreadPoolExecutor(1) as thread:
-            flight = Flight(wire, lambda: Notice(1, 4, 0, 0, 1.0, 7), Encoded(CODES, *torch.empty(3, 0)), "fp32", CPU, thread)
+            flight = Flight(wire, lambda: Notice(1, 4, 0, 0, 1.0), lambda: 7, encoded, "fp32", CPU, thread)
             for before in closing[: closing.index(wire.rank)]:
                 assert are_closed[before].wait(60)
             assert not flight.is_over(0.5), "it does not wait for member 1"

@@ -10,8 +10,9 @@ nothing in the round.
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -43,10 +44,16 @@ class Wire(Protocol):
     rank: int
     size: int
 
-    def all_to_all(self, received: Sequence[Sequence[torch.Tensor]], sent: Sequence[Sequence[torch.Tensor]]) -> None:
+    def all_to_all(
+        self,
+        received: Sequence[Sequence[torch.Tensor]],
+        sent: Sequence[Sequence[torch.Tensor]],
+        meanwhile: Callable[[], object] = ...,
+    ) -> None:
         """Sends the tensors of entry m of `sent` to member m, and fills those of entry m of `received` with what it sends.
 
-        The entry of this member itself is not looked at, and both sides leave out tensors without elements.
+        The entry of this member itself is not looked at, and both sides leave out tensors without elements. `meanwhile` is called
+        while they are on their way, unless there is only this member.
         """
         ...
 
@@ -67,7 +74,7 @@ class Notice:
         epoch, number, fragment: which round it is; the same for all members.
         flags: bits, see `exchange`.
         weight: its part of the mean before all are divided by their sum; 0 takes part and counts for nothing.
-        fingerprint: of the state after the last round it applied, as a signed 64-bit number.
+        fingerprint: of the state after the last round it applied, as a signed 64-bit number; 0 until it is taken.
     """
 
     epoch: int
@@ -75,7 +82,7 @@ class Notice:
     fragment: int
     flags: int
     weight: float
-    fingerprint: int
+    fingerprint: int = 0
 
     def encode(self, digest: int, bad: int = 0) -> bytes:
         return _HEAD.pack(digest, self.epoch, self.number, self.fragment, self.flags, self.weight, self.fingerprint, bad)
@@ -119,24 +126,34 @@ def payload_bytes(n: int, members: int, member: int, format: str) -> int:
     return (blocks - own + (members - 1) * own) * per_block + (members - 1) * (2 * HEAD_BYTES + 8)
 
 
-def reduce_round(wire: Wire, notice: Notice, codes: torch.Tensor, scales: torch.Tensor, format: str, device: torch.device) -> Reduced:
+def reduce_round(
+    wire: Wire,
+    notice: Notice,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    format: str,
+    device: torch.device,
+    fingerprint: Callable[[], int],
+) -> Reduced:
     """Takes part in one round; all members call it.
 
     Args:
         wire: to the other members.
-        notice: what this member says.
+        notice: what this member says, but for the fingerprint.
         codes, scales: its encoded pseudo-gradient (`kernels.pseudogradient.encode`), on the CPU.
         format: of the codes.
         device: where the reduction is computed.
+        fingerprint: takes that of this member's state; called once, while codes are on their way.
 
     Raises:
         RoundFailedError: the members are not at the same round, or too much arrived damaged.
         RuntimeError: a member did not answer in time, or is gone.
     """
     damaged: set[int] = set()
+    fingerprint = functools.cache(fingerprint)
     for attempt in range(1, TRIES + 1):
         left_out = tuple(sorted(damaged)) if attempt == TRIES else ()
-        reduced, bad = _try(wire, notice, codes, scales, format, device, left_out)
+        reduced, bad = _try(wire, notice, codes, scales, format, device, fingerprint, left_out)
         if reduced is not None:
             return replace(reduced, tries=attempt)
         damaged |= bad
@@ -150,6 +167,7 @@ def _try(
     scales: torch.Tensor,
     format: str,
     device: torch.device,
+    fingerprint: Callable[[], int],
     left_out: tuple[int, ...],
 ) -> tuple[Reduced | None, set[int]]:
     blocks, members = codes.numel() // kernels.CODE_BYTES[format], range(wire.size)
@@ -157,7 +175,7 @@ def _try(
     parts = [shard_blocks(blocks, wire.size, member) for member in members]
     sent = [_message(notice, 0, *_of_blocks(codes, scales, part, format)) for part in parts]
     received = [sent[wire.rank] if member == wire.rank else _space(wire, member, parts[wire.rank], format) for member in members]
-    wire.all_to_all(received, sent)
+    wire.all_to_all(received, sent, fingerprint)
     bad = sum(1 << member for member in others if not _is_intact(received[member]) and member not in left_out)
     heads = [_read(message) if not bad >> member & 1 and member not in left_out else None for member, message in enumerate(received)]
     notices = [None if head is None else head[0] for head in heads]
@@ -167,7 +185,7 @@ def _try(
     result = _result(wire, f"result {notice.number % 2}", blocks, format)
     own = _of_blocks(*result, parts[wire.rank], format)
     _reduce_part([(codes, scales) for _, codes, scales in received], weights, own, format, device)
-    message = _message(notice, bad, *own)
+    message = _message(replace(notice, fingerprint=fingerprint()), bad, *own)
     gathered = [(_new_head(), *_of_blocks(*result, part, format)) for part in parts]
     gathered[wire.rank] = message
     wire.all_to_all(gathered, [message] * wire.size)

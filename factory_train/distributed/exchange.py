@@ -324,10 +324,10 @@ class Exchange:
 
         def notice() -> Notice:
             weight = mine.weight if encoded.is_finite() else 0.0
-            self._prints.take(mine.fragment)
-            return Notice(epoch, mine.number, mine.fragment, mine.flags, weight, self._prints.total())
+            return Notice(epoch, mine.number, mine.fragment, mine.flags, weight)
 
-        mine.flight = Flight(self._wire, notice, encoded, self._state.format, self._state.device, self._thread)
+        fingerprint, state = functools.partial(self._prints.take_anew, mine.fragment), self._state
+        mine.flight = Flight(self._wire, notice, fingerprint, encoded, state.format, state.device, self._thread)
 
     def _await(self, flight: Flight) -> Reduced | Exception:
         """Returns what a flight came to; ends it where a member gives no sign of life: what was sent to it gets no answer, nor an error."""

@@ -25,11 +25,12 @@ class Fingerprints:
     def take_all(self) -> None:
         """Takes them from the state as it is."""
         for fragment in range(len(self._prints)):
-            self.take(fragment)
+            self._prints[fragment] = self._state.fingerprint(fragment)
 
-    def take(self, fragment: int) -> None:
-        """Takes one from the bits as they are now, whatever was noted: memory can go wrong too."""
+    def take_anew(self, fragment: int) -> int:
+        """Takes one from the bits as they are now, whatever was noted: memory can go wrong too. Returns that of all fragments."""
         self._prints[fragment] = self._state.fingerprint(fragment)
+        return self.total()
 
     def note(self, fragment: int, parts: torch.Tensor) -> None:
         """Notes a new one: the parts of it, read when it is asked for, or no parts where it is to be taken then."""

@@ -21,7 +21,8 @@ class Flight:
 
     Args:
         wire: to the other islands.
-        notice: makes what this island says, once `encoded` is in host memory; it may take its time.
+        notice: makes what this island says, once `encoded` is in host memory.
+        fingerprint: takes that of its state; it may take its time.
         encoded: its pseudo-gradient.
         format: of the codes.
         device: where the reduction is computed.
@@ -29,7 +30,14 @@ class Flight:
     """
 
     def __init__(
-        self, wire: GlooWire, notice: Callable[[], Notice], encoded: Encoded, format: str, device: torch.device, thread: Executor
+        self,
+        wire: GlooWire,
+        notice: Callable[[], Notice],
+        fingerprint: Callable[[], int],
+        encoded: Encoded,
+        format: str,
+        device: torch.device,
+        thread: Executor,
     ) -> None:
         self._reduced: Reduced | None = None
         self._failure: Exception | None = None
@@ -38,12 +46,13 @@ class Flight:
         # What the round reads was queued before this; what training queues afterwards it does not wait for.
         ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         # The arguments are not kept: whoever made `notice` holds this flight, and garbage of that size must not wait for a collection.
-        self._future = thread.submit(self._run, wire, notice, encoded, format, device, ready)
+        self._future = thread.submit(self._run, wire, notice, fingerprint, encoded, format, device, ready)
 
     def _run(
         self,
         wire: GlooWire,
         notice: Callable[[], Notice],
+        fingerprint: Callable[[], int],
         encoded: Encoded,
         format: str,
         device: torch.device,
@@ -53,7 +62,7 @@ class Flight:
         try:
             encoded.wait()
             with torch.no_grad(), _beside_training(device, ready):
-                self._reduced = reduce_round(wire, notice(), encoded.codes, encoded.scales, format, device)
+                self._reduced = reduce_round(wire, notice(), encoded.codes, encoded.scales, format, device, fingerprint)
         except Exception as error:
             # Members that wait for this one, and not for the one that is gone, need not wait any longer.
             wire.close()

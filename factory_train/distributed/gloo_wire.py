@@ -7,7 +7,7 @@ import datetime
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class GlooWire:
         if self._group is not None:
             self._group._set_default_timeout(timeout)
 
-    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts]) -> None:
+    def all_to_all(self, received: Sequence[Parts], sent: Sequence[Parts], meanwhile: Callable[[], object] = lambda: None) -> None:
         """See `encoded_reduce.Wire`."""
         if (group := self._open()) is None:
             return
@@ -91,6 +91,7 @@ class GlooWire:
         # Nothing is copied together: each part goes from where it is to where it is wanted, in their order.
         coming = [group.recv([part], member, 0) for member in others for part in received[member] if part.numel()]
         leaving = [group.send([part], member, 0) for member in others for part in sent[member] if part.numel()]
+        meanwhile()
         for work in (*coming, *leaving):
             work.wait(self._timeout)
         self.bytes_sent += sum(part.nbytes for member in others for part in sent[member])

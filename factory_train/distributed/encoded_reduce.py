@@ -234,8 +234,8 @@ def _reduce_part(sent: Sequence[Coded], weights: Sequence[float], own: Coded, fo
     blocks = own[0].numel() // kernels.CODE_BYTES[format]
     for first in range(0, blocks, _BLOCKS_AT_ONCE):
         some = range(first, min(first + _BLOCKS_AT_ONCE, blocks))
-        pieces = [_of_blocks(codes, scales, some, format) for codes, scales in sent]
-        codes, scales = (torch.stack(tensors).to(device) for tensors in zip(*pieces, strict=True))
+        pieces = [[tensor.to(device, non_blocking=True) for tensor in _of_blocks(*coded, some, format)] for coded in sent]
+        codes, scales = (torch.stack(tensors) for tensors in zip(*pieces, strict=True))
         mine = _of_blocks(*own, some, format)
         out = [torch.empty_like(tensor, device=device) for tensor in mine]
         kernels.reduce(codes, scales, shares, *out, format)

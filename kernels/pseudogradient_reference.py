@@ -20,7 +20,6 @@ from factory_train.kernels.pseudogradient_format import (
     MIX_OUTER,
     SMALLEST_SCALE,
     check_codes,
-    empty_parts,
     num_blocks,
 )  # fmt: skip
 
@@ -141,7 +140,7 @@ def outer_update(
 ) -> None:  # fmt: skip
     """Takes the outer step; see `pseudogradient.outer_update`."""
     check_codes(format, num_blocks(outer.numel()), codes, scales)
-    mixes, words = _mixes(outer), _words(outer)
+    mixes, words, sums = _mixes(outer), _words(outer), _room_for_sums(outer)
     (decoded,), (room,) = _rooms(outer.numel(), scales, 1), _rooms(outer.numel(), outer, 1)
     for at, code, block in _pieces(outer.numel(), format):
         w, v, x, step = outer[at], momentum[at], inner[at], room[: at.stop - at.start]
@@ -153,16 +152,17 @@ def outer_update(
         else:
             x.copy_(w)
         if prints.numel():
-            prints[block] = _fingerprint_parts(w, v, mixes, first + block.start, words)
+            sums[block] = _sums(w, v, mixes, words)
+    if prints.numel():
+        prints.copy_(_placed(sums, first))
 
 
 def fingerprint_parts(outer: Tensor, momentum: Tensor) -> Tensor:
     """Returns the parts of the fingerprint of a state; see `pseudogradient.fingerprint_parts`."""
-    mixes, words = _mixes(outer), _words(outer)
-    parts = empty_parts(outer)
+    mixes, words, sums = _mixes(outer), _words(outer), _room_for_sums(outer)
     for at, _, block in _pieces(outer.numel(), "fp32"):
-        parts[block] = _fingerprint_parts(outer[at], momentum[at], mixes, block.start, words)
-    return parts
+        sums[block] = _sums(outer[at], momentum[at], mixes, words)
+    return _placed(sums, 0)
 
 
 def _mixes(state: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,10 +182,21 @@ def _words(state: Tensor) -> Tensor:
     return room.view(torch.int32).view(-1, _words_in_block(state))
 
 
-def _fingerprint_parts(outer: Tensor, momentum: Tensor, mixes: tuple[Tensor, Tensor], first: int, room: Tensor) -> Tensor:
-    """Returns those of a piece whose first block has the number `first`."""
-    blocks = torch.arange(first, first + num_blocks(outer.numel()), device=outer.device)
-    parts = torch.zeros(len(blocks), dtype=torch.int32, device=outer.device)
-    for state, mix in zip((outer, momentum), mixes, strict=True):
-        parts += torch.mul(_rows(state).view(torch.int32), mix, out=room[: len(blocks)]).sum(dim=1, dtype=torch.int32)
-    return parts * ((2 * blocks + 1) * MIX_BLOCK)
+def _room_for_sums(state: Tensor) -> Tensor:
+    return torch.empty(num_blocks(state.numel()), dtype=torch.int32, device=state.device)
+
+
+def _sums(outer: Tensor, momentum: Tensor, mixes: tuple[Tensor, Tensor], room: Tensor) -> Tensor:
+    """Returns the sum of each block's bits, times what they are multiplied by, modulo 2^32."""
+    room = room[: num_blocks(outer.numel())]
+    of_outer, of_momentum = (
+        torch.mul(_rows(state).view(torch.int32), mix, out=room).sum(dim=1, dtype=torch.int32)
+        for state, mix in zip((outer, momentum), mixes, strict=True)
+    )
+    return of_outer.add_(of_momentum)
+
+
+def _placed(sums: Tensor, first: int) -> Tensor:
+    """Returns the fingerprint's parts of blocks, the first of which has the number `first`."""
+    blocks = torch.arange(first, first + len(sums), device=sums.device)
+    return sums * ((2 * blocks + 1) * MIX_BLOCK)

@@ -173,7 +173,8 @@ def _try(
     blocks, members = codes.numel() // kernels.CODE_BYTES[format], range(wire.size)
     others = [member for member in members if member != wire.rank]
     parts = [shard_blocks(blocks, wire.size, member) for member in members]
-    sent = [_message(notice, 0, *_of_blocks(codes, scales, part, format)) for part in parts]
+    # What a member keeps for itself needs no hash.
+    sent = [_message(notice, 0, *_of_blocks(codes, scales, part, format), hashed=member in others) for member, part in enumerate(parts)]
     received = [sent[wire.rank] if member == wire.rank else _space(wire, member, parts[wire.rank], format) for member in members]
     wire.all_to_all(received, sent, fingerprint)
     bad = sum(1 << member for member in others if not _is_intact(received[member]) and member not in left_out)
@@ -247,10 +248,11 @@ def _new_head() -> torch.Tensor:
     return torch.empty(HEAD_BYTES, dtype=torch.uint8)
 
 
-def _message(notice: Notice, bad: int, codes: torch.Tensor, scales: torch.Tensor) -> Message:
+def _message(notice: Notice, bad: int, codes: torch.Tensor, scales: torch.Tensor, *, hashed: bool = True) -> Message:
     """Returns a message whose head begins with the hash of all that follows."""
     head = torch.frombuffer(bytearray(notice.encode(0, bad)), dtype=torch.uint8)
-    head[:8] = torch.frombuffer(bytearray(struct.pack("<Q", _digest((head[8:], codes, scales)))), dtype=torch.uint8)
+    if hashed:
+        head[:8] = torch.frombuffer(bytearray(struct.pack("<Q", _digest((head[8:], codes, scales)))), dtype=torch.uint8)
     return head, codes, scales
 
 

@@ -19,7 +19,7 @@ from benchmarks.kernel_sections.timing import compare, count_launches, host_micr
 from factory_train.config import ModelConfig, from_mapping
 from factory_train.fused_adamw import FusedAdamW
 from factory_train.kernels import adamw, block_codes, gradient_statistics
-from factory_train.kernels.split_float import join_float32
+from factory_train.kernels.split_float import join_float32, split_float32
 from factory_train.models.llama import Llama
 
 FORMATS = [(split, state) for split in (False, True) for state in ("float32", "bfloat16", "int8")]
@@ -84,9 +84,10 @@ def _one_step(device: str, split: bool, state: str, n: int, flat: bool, kernel_r
     grad = torch.randn(n, device=device, dtype=torch.bfloat16 if split else torch.float32)
     numbers = _prepare(device, [grad], kernel_runs_here)
     remainder = scale = scale_sq = None
-    weight = torch.randn(n, device=device, dtype=torch.bfloat16 if split else torch.float32)
+    weight = torch.randn(n, device=device)
     if split:
-        remainder = torch.randint(-9999, 9999, (n,), device=device, dtype=torch.int16)
+        # Halves of their own making need not be those of a number.
+        weight, remainder = split_float32(weight)
     if state == "int8":
         m = torch.randint(-127, 128, (n,), device=device, dtype=torch.int8)
         v = torch.randint(1, 256, (n,), device=device, dtype=torch.uint8)

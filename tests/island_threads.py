@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from unrecorded import stop_recording
 
 from factory_train.distributed.gloo_wire import GlooWire
 
 _NUMBER = iter(range(10**6))
+
+stop_recording()
 
 
 def run_islands(members: int, work: Callable[[GlooWire], Any], timeout_s: float = 60.0, wire: type[GlooWire] = GlooWire) -> list[Any]:

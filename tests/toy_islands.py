@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from unrecorded import stop_recording
 
 from factory_train.checkpoint.agreement import Ranks
 from factory_train.data.leases import Deal, LeasedCursor
@@ -23,6 +24,8 @@ from factory_train.distributed.gang import Copies
 from factory_train.distributed.membership import Membership, Planner, Start
 from factory_train.distributed.outer_state import OuterState
 from factory_train.distributed.tcp_board import open_board
+
+stop_recording()
 
 CPU = torch.device("cpu")
 SHAPES = {"embedding": (40, 8), "layers.0.w": (17, 9), "layers.0.norm": (9,), "layers.1.w": (300,), "layers.2.w": (5, 70), "norm": (9,)}

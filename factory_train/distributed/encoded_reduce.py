@@ -153,7 +153,7 @@ def reduce_round(
     fingerprint = functools.cache(fingerprint)
     for attempt in range(1, TRIES + 1):
         left_out = tuple(sorted(damaged)) if attempt == TRIES else ()
-        reduced, bad = _try(wire, notice, codes, scales, format, device, fingerprint, left_out)
+        reduced, bad = _try(wire, notice, (codes, scales), format, device, fingerprint, left_out)
         if reduced is not None:
             return replace(reduced, tries=attempt)
         damaged |= bad
@@ -163,18 +163,17 @@ def reduce_round(
 def _try(
     wire: Wire,
     notice: Notice,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    mine: Coded,
     format: str,
     device: torch.device,
     fingerprint: Callable[[], int],
     left_out: tuple[int, ...],
 ) -> tuple[Reduced | None, set[int]]:
-    blocks, members = codes.numel() // kernels.CODE_BYTES[format], range(wire.size)
+    blocks, members = mine[0].numel() // kernels.CODE_BYTES[format], range(wire.size)
     others = [member for member in members if member != wire.rank]
     parts = [shard_blocks(blocks, wire.size, member) for member in members]
     # What a member keeps for itself needs no hash.
-    sent = [_message(notice, 0, *_of_blocks(codes, scales, part, format), hashed=member in others) for member, part in enumerate(parts)]
+    sent = [_message(notice, 0, *_of_blocks(*mine, part, format), hashed=member in others) for member, part in enumerate(parts)]
     received = [sent[wire.rank] if member == wire.rank else _space(wire, member, parts[wire.rank], format) for member in members]
     wire.all_to_all(received, sent, fingerprint)
     bad = sum(1 << member for member in others if not _is_intact(received[member]) and member not in left_out)

@@ -45,24 +45,19 @@ class Flight:
         self.took_s = 0.0
         # What the round reads was queued before this; what training queues afterwards it does not wait for.
         ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        # The arguments are not kept: whoever made `notice` holds this flight, and garbage of that size must not wait for a collection.
-        self._future = thread.submit(self._run, wire, notice, fingerprint, encoded, format, device, ready)
 
-    def _run(
-        self,
-        wire: GlooWire,
-        notice: Callable[[], Notice],
-        fingerprint: Callable[[], int],
-        encoded: Encoded,
-        format: str,
-        device: torch.device,
-        ready: torch.cuda.Event | None,
-    ) -> None:
-        began = time.monotonic()
-        try:
+        def fly() -> Reduced:
             encoded.wait()
             with torch.no_grad(), _beside_training(device, ready):
-                self._reduced = reduce_round(wire, notice(), encoded.codes, encoded.scales, format, device, fingerprint)
+                return reduce_round(wire, notice(), encoded.codes, encoded.scales, format, device, fingerprint)
+
+        # The arguments are not kept: whoever made `notice` holds this flight, and garbage of that size must not wait for a collection.
+        self._future = thread.submit(self._run, fly, wire)
+
+    def _run(self, fly: Callable[[], Reduced], wire: GlooWire) -> None:
+        began = time.monotonic()
+        try:
+            self._reduced = fly()
         except Exception as error:
             # Members that wait for this one, and not for the one that is gone, need not wait any longer.
             wire.close()

@@ -24,10 +24,9 @@ from factory_train.kernels.pseudogradient_format import (
     MIX_MOMENTUM,
     MIX_OUTER,
     check_codes,
-    empty_parts,
     has_scales,
     num_blocks,
-)  # fmt: skip
+)
 
 __all__ = [
     "BLOCK", "CODE_BYTES", "HAS_TRITON", "ROWS", "encode", "fingerprint_parts", "has_scales", "launch_encode", "launch_fingerprint",
@@ -279,13 +278,17 @@ def fingerprint_parts(outer: Tensor, momentum: Tensor) -> Tensor:
 
 def launch_fingerprint(outer: Tensor, momentum: Tensor) -> Tensor:
     """Launches the Triton kernel; arguments as of `fingerprint_parts`, contiguous float32."""
-    n, blocks, parts = outer.numel(), num_blocks(outer.numel()), empty_parts(outer)
+    n, blocks, parts = outer.numel(), num_blocks(outer.numel()), _empty_parts(outer)
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in (outer, momentum))
     if n:
         fingerprint_pass[(triton.cdiv(blocks, ROWS),)](
             outer, momentum, parts, n, blocks, MIX_BLOCK, MIX_OUTER, MIX_MOMENTUM, BLOCK, ROWS, num_warps=4
         )
     return parts
+
+
+def _empty_parts(state: Tensor) -> Tensor:
+    return torch.empty(num_blocks(state.numel()), dtype=torch.int64, device=state.device)
 
 
 def launch_outer_update(
@@ -306,4 +309,4 @@ def launch_outer_update(
 
 for _operator in (encode, reduce, outer_update):
     _operator.register_fake(lambda *arguments: None)
-fingerprint_parts.register_fake(lambda outer, momentum: empty_parts(outer))
+fingerprint_parts.register_fake(lambda outer, momentum: _empty_parts(outer))

@@ -44,8 +44,3 @@ def check_codes(format: str, blocks: int, codes: Tensor, scales: Tensor) -> None
     """Asserts that codes and scales are those of so many blocks."""
     assert codes.numel() == blocks * CODE_BYTES[format], (format, blocks, codes.shape)
     assert scales.numel() == (blocks if has_scales(format) else 0), (format, blocks, scales.shape)
-
-
-def empty_parts(state: Tensor) -> Tensor:
-    """Returns room for the parts of a state's fingerprint, one a block."""
-    return torch.empty(num_blocks(state.numel()), dtype=torch.int64, device=state.device)

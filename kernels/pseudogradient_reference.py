@@ -21,7 +21,7 @@ from factory_train.kernels.pseudogradient_format import (
     SMALLEST_SCALE,
     check_codes,
     num_blocks,
-)  # fmt: skip
+)
 
 # Blocks of a piece.
 _AT_ONCE = 512
@@ -118,8 +118,9 @@ def reduce(
     """Encodes the weighted sum; see `pseudogradient.reduce`. What members sent may also lie apart, in a sequence."""
     blocks = out_codes.numel() // CODE_BYTES[format]
     check_codes(format, blocks, out_codes, out_scales)
-    members = [member for member, weight in enumerate(weights.tolist()) if weight]
-    (room, more), shares = _rooms(blocks * BLOCK, weights, 2), weights.tolist()
+    shares = weights.tolist()
+    members = [member for member, share in enumerate(shares) if share]
+    room, more = _rooms(blocks * BLOCK, weights, 2)
     for at, code, block in _pieces(blocks * BLOCK, format):
         total = _values(out_codes[code], format, room[: at.stop - at.start]).view(-1, BLOCK)
         if not members:
@@ -140,7 +141,7 @@ def outer_update(
 ) -> None:  # fmt: skip
     """Takes the outer step; see `pseudogradient.outer_update`."""
     check_codes(format, num_blocks(outer.numel()), codes, scales)
-    mixes, words, sums = _mixes(outer), _words(outer), _room_for_sums(outer)
+    mixes, words = _mixes(outer), _words(outer)
     (decoded,), (room,) = _rooms(outer.numel(), scales, 1), _rooms(outer.numel(), outer, 1)
     for at, code, block in _pieces(outer.numel(), format):
         w, v, x, step = outer[at], momentum[at], inner[at], room[: at.stop - at.start]
@@ -152,17 +153,18 @@ def outer_update(
         else:
             x.copy_(w)
         if prints.numel():
-            sums[block] = _sums(w, v, mixes, words)
-    if prints.numel():
-        prints.copy_(_placed(sums, first))
+            prints[block] = _sums(w, v, mixes, words)
+    _place(prints, first)
 
 
 def fingerprint_parts(outer: Tensor, momentum: Tensor) -> Tensor:
     """Returns the parts of the fingerprint of a state; see `pseudogradient.fingerprint_parts`."""
-    mixes, words, sums = _mixes(outer), _words(outer), _room_for_sums(outer)
+    mixes, words = _mixes(outer), _words(outer)
+    prints = torch.empty(num_blocks(outer.numel()), dtype=torch.int64, device=outer.device)
     for at, _, block in _pieces(outer.numel(), "fp32"):
-        sums[block] = _sums(outer[at], momentum[at], mixes, words)
-    return _placed(sums, 0)
+        prints[block] = _sums(outer[at], momentum[at], mixes, words)
+    _place(prints, 0)
+    return prints
 
 
 def _mixes(state: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,10 +184,6 @@ def _words(state: Tensor) -> Tensor:
     return room.view(torch.int32).view(-1, _words_in_block(state))
 
 
-def _room_for_sums(state: Tensor) -> Tensor:
-    return torch.empty(num_blocks(state.numel()), dtype=torch.int32, device=state.device)
-
-
 def _sums(outer: Tensor, momentum: Tensor, mixes: tuple[Tensor, Tensor], room: Tensor) -> Tensor:
     """Returns the sum of each block's bits, times what they are multiplied by, modulo 2^32."""
     room = room[: num_blocks(outer.numel())]
@@ -196,7 +194,7 @@ def _sums(outer: Tensor, momentum: Tensor, mixes: tuple[Tensor, Tensor], room: T
     return of_outer.add_(of_momentum)
 
 
-def _placed(sums: Tensor, first: int) -> Tensor:
-    """Returns the fingerprint's parts of blocks, the first of which has the number `first`."""
+def _place(sums: Tensor, first: int) -> None:
+    """Makes the sums of blocks the fingerprint's parts, in place; the first of them has the number `first`."""
     blocks = torch.arange(first, first + len(sums), device=sums.device)
-    return sums * ((2 * blocks + 1) * MIX_BLOCK)
+    sums.mul_((2 * blocks + 1) * MIX_BLOCK)

@@ -11,6 +11,7 @@ Times were never measured by the authors on a card so far; without one only the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,24 +112,17 @@ def _pass_times(device: str, deadline_s: float) -> list[dict[str, Any]]:
         feedback = (error, left_out) if format != "fp32" else (error[:0], left_out[:0])
         calls: dict[str, tuple[Callable[[], Any], float]] = {
             "encode": (
-                lambda codes=codes, scales=scales, feedback=feedback, format=format: kernels.launch_encode(
-                    outer, inner, feedback[0], codes, scales, feedback[1], squares, format
-                ),
+                partial(kernels.launch_encode, outer, inner, feedback[0], codes, scales, feedback[1], squares, format),
                 (16.0 if format != "fp32" else 8.0) + code_bytes,
             ),
-            "reduce": (
-                lambda sent=sent, half=half, format=format: kernels.launch_reduce(*sent, weights, *half, format),
-                1.5 * code_bytes,
-            ),
+            "reduce": (partial(kernels.launch_reduce, *sent, weights, *half, format), 1.5 * code_bytes),
             "outer_update": (
-                lambda codes=codes, scales=scales, format=format: kernels.launch_outer_update(
-                    codes, scales, outer, momentum, inner, prints, _LR, _MOMENTUM, _KEEP, format
-                ),
+                partial(kernels.launch_outer_update, codes, scales, outer, momentum, inner, prints, _LR, _MOMENTUM, _KEEP, format),
                 24.0 + code_bytes,
             ),
         }
         if format == "int8":
-            calls["fingerprint"] = (lambda: kernels.launch_fingerprint(outer, momentum), 8.0)
+            calls["fingerprint"] = (partial(kernels.launch_fingerprint, outer, momentum), 8.0)
         found = compare({name: call for name, (call, _) in calls.items()}, deadline_s / len(FORMATS))
         for name, facts in found.items():
             row = {"op": name, "format": format, "n": n, "bytes_an_element": calls[name][1], **facts}
